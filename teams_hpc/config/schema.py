@@ -1,0 +1,324 @@
+"""The configuration of a run. Every key, its default, its bounds and what it means.
+
+Units are part of the names. Paths are absolute once loaded (see `load.py`). Nothing in here is
+secret: a key that needs one names the environment variable that holds it.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=()
+    )
+
+
+class SeedsConfig(Section):
+    """Where the seed instructions come from and how they are split."""
+
+    path: Path | None = Field(None, description="JSON, JSONL or text file; null: the seeds shipped")
+    limit: Count | None = Field(None, description="use only the first so many distinct seeds")
+    policy_train_share: Probability = Field(0.6, description="share the policy is trained on")
+    policy_select_share: Probability = Field(0.1, description="share that chooses the member")
+    policy_report_share: Probability = Field(0.15, description="share the policy is reported on")
+    sft_held_out_share: Probability = Field(0.15, description="share kept from fine-tuning")
+    near_duplicate_threshold: Probability = Field(
+        0.7, description="Jaccard similarity of word 3-grams that puts two seeds in one split"
+    )
+
+    @model_validator(mode="after")
+    def _shares_sum_to_one(self) -> "SeedsConfig":
+        total = (
+            self.policy_train_share
+            + self.policy_select_share
+            + self.policy_report_share
+            + self.sft_held_out_share
+        )
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"the four split shares sum to {total:.4g}; they must sum to 1")
+        return self
+
+
+class EngineBase(Section):
+    """What every engine has: how it samples."""
+
+    max_tokens: Count = Field(512, description="most tokens of one completion")
+    temperature: NotNegative = Field(0.7, description="0 is greedy")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+
+
+class TemplateEngineConfig(EngineBase):
+    """A deterministic grammar: no model, exact, for load tests and a first minute."""
+
+    kind: Literal["template"] = "template"
+
+
+class TransformersEngineConfig(EngineBase):
+    """A local Llama-family folder through transformers."""
+
+    kind: Literal["transformers"] = "transformers"
+    model: Path = Field(description="folder with config.json, safetensors and a tokenizer")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_size: Count = Field(32, description="most requests in one forward batch")
+    batching: Literal["fixed", "refill"] = Field(
+        "refill", description="fixed: batches depend on the work unit alone (exact in float32)"
+    )
+    threads: Count | None = Field(None, description="torch CPU threads a process; null: torch's")
+
+
+class HttpEngineConfig(EngineBase):
+    """Any server that speaks the OpenAI chat protocol."""
+
+    kind: Literal["http"] = "http"
+    base_url: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] = Field(
+        description="for instance http://node7:8000/v1; never with a password in it"
+    )
+    model: Annotated[str, Field(min_length=1)] = Field(description="model name to ask for")
+    api_key_env: str | None = Field(None, description="environment variable holding the key")
+    max_concurrency: Count = Field(64, description="most requests in flight")
+    timeout_s: Positive = Field(120.0, description="limit of one attempt")
+    max_retries: CountOrZero = Field(6, description="repeats after 429, 5xx or a lost connection")
+
+
+EngineConfig = Annotated[
+    TemplateEngineConfig | TransformersEngineConfig | HttpEngineConfig,
+    Field(discriminator="kind"),
+]
+
+
+class TemplateReviewerConfig(TemplateEngineConfig):
+    """The grammar as reviewer."""
+
+    verdict: Literal["likelihood", "generated"] = "likelihood"
+
+
+class TransformersReviewerConfig(TransformersEngineConfig):
+    """A local model as reviewer."""
+
+    verdict: Literal["likelihood", "generated"] = Field(
+        "likelihood", description="likelihood of both answers, or (as published) generated text"
+    )
+
+
+class HttpReviewerConfig(HttpEngineConfig):
+    """A served model as reviewer: the chat protocol gives no likelihoods of given answers."""
+
+    verdict: Literal["generated"] = "generated"
+
+
+ReviewerConfig = Annotated[
+    TemplateReviewerConfig | TransformersReviewerConfig | HttpReviewerConfig,
+    Field(discriminator="kind"),
+]
+
+
+class PolicyConfig(Section):
+    """Policy training: TRPO over six operations. Constants as published unless said."""
+
+    num_members: Count = Field(4, description="independently seeded policies; the best is chosen")
+    iterations: Count = Field(100, description="rollout and update cycles of each member")
+    num_envs: Count = Field(32, description="episodes side by side, one batch of LLM calls a step")
+    episode_length: Count = Field(6, description="operations in an episode")
+    observation: Literal["features", "one_hot"] = Field(
+        "features", description="one_hot: the last operation alone, as published"
+    )
+    reward: Literal["probability", "binary"] = Field(
+        "probability", description="P(Not Equal), or (as published) 1 if above a half, else 0"
+    )
+    compare_with: Literal["parent", "every_earlier"] = "parent"
+    max_words: Count = Field(400, description="a longer rewrite earns nothing")
+    gamma: Probability = 0.995
+    gae_lambda: Probability = 0.97
+    target_kl: Positive = 0.01
+    cg_damping: NotNegative = 0.1
+    cg_max_steps: Count = 10
+    line_search_max_iter: Count = 10
+    critic_learning_rate: Positive = 1e-3
+    critic_updates: Count = Field(10, description="passes over a rollout for the value function")
+    hidden_size: Count = Field(64, description="width of both hidden layers")
+    num_eval_episodes: Count = Field(
+        2, description="episodes for each seed when members are chosen and reported"
+    )
+    num_bootstrap: Annotated[int, Field(ge=100)] = 2000
+
+
+class GenerateConfig(Section):
+    """Generation: chains of rewriting steps through the expert."""
+
+    num_trajectories: Count = Field(1, description="chains for each seed")
+    num_steps: Count = Field(4, description="operations in a chain")
+    unit_size: Count = Field(64, description="chains in a work unit")
+    action: Literal["sample", "argmax"] = "sample"
+    answer: Literal["every", "last"] = Field("every", description="answer each step or the last")
+    policy: Literal["learned", "uniform", "round_robin"] = "learned"
+    equal_threshold: Probability = Field(
+        0.5, description="rule 1 drops a rewrite whose P(Not Equal) is below this"
+    )
+    max_words: Count = Field(2048, description="a longer rewrite is eliminated")
+    enforce_added_words: bool = Field(
+        False, description="eliminate rewrites that don't add 10 to 20 words where they should"
+    )
+
+
+class DatasetConfig(Section):
+    """From generated rows to a training set."""
+
+    near_duplicate_threshold: Probability = Field(
+        0.8, description="Jaccard similarity of word 3-grams above which two rows are one"
+    )
+    decontaminate: tuple[Path, ...] = Field(
+        (), description="benchmark files (text or JSONL); rows sharing an n-gram with them go"
+    )
+    decontamination_ngram: Count = Field(8, description="words in a row that count as a match")
+    drop_truncated: bool = Field(True, description="leave out answers cut off at max_tokens")
+
+
+class ModelShape(Section):
+    """A Llama built from config, random weights, with a tokenizer trained on the data set."""
+
+    vocab_size: Annotated[int, Field(ge=300)] = 1024
+    hidden_size: Count = 64
+    intermediate_size: Count = 176
+    num_hidden_layers: Count = 2
+    num_attention_heads: Count = 4
+    num_key_value_heads: Count = 4
+    max_position_embeddings: Count = 2048
+    tie_word_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ModelShape":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+
+def _folder_or_shape(value: object) -> str:
+    return "shape" if isinstance(value, dict | ModelShape) else "folder"
+
+
+FolderOrShape = Annotated[
+    Annotated[Path, Tag("folder")] | Annotated[ModelShape, Tag("shape")],
+    Discriminator(_folder_or_shape),
+]
+
+
+class SftConfig(Section):
+    """One supervised fine-tuning with DeepSpeed."""
+
+    model: FolderOrShape = Field(
+        default_factory=ModelShape, description="a Hugging Face folder, or the shape of a new one"
+    )
+    attention: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    zero_stage: Literal[2, 3] = 3
+    sequence_length: Annotated[int, Field(ge=16)] = Field(2048, description="tokens a packed row")
+    num_epochs: Positive = Field(3.0, description="sets schedule_steps where that is null")
+    schedule_steps: Count | None = Field(None, description="optimizer steps of the schedule")
+    max_steps: Count | None = Field(None, description="stop here; null: the whole schedule")
+    global_batch_rows: Count = Field(32, description="packed rows of one optimizer step")
+    micro_batch_rows: Count = Field(4, description="most packed rows of one forward pass a rank")
+    learning_rate: Positive = 2e-5
+    warmup_steps: CountOrZero = 20
+    weight_decay: NotNegative = 0.0
+    grad_clip: Positive = 1.0
+    activation_checkpointing: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    checkpoint_interval_steps: Count = 100
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    eval_interval_steps: Count = 50
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> "SftConfig":
+        if self.max_steps and self.schedule_steps and self.max_steps > self.schedule_steps:
+            raise ValueError(
+                f"max_steps {self.max_steps} is more than schedule_steps {self.schedule_steps}"
+            )
+        if isinstance(self.model, ModelShape):
+            longest = self.model.max_position_embeddings
+            if self.sequence_length > longest:
+                raise ValueError(
+                    f"sequence_length {self.sequence_length} is more than the model's "
+                    f"max_position_embeddings {longest}"
+                )
+        return self
+
+
+class EvaluateConfig(Section):
+    """What is measured at the end."""
+
+    batch_size: Count = 16
+    num_bootstrap: Annotated[int, Field(ge=100)] = 1000
+    control_steps: Count = Field(
+        300, description="steps that over-fit the positive control of the privacy attack"
+    )
+    control_rows: Count = Field(64, description="most members and non-members of that control")
+    lm_eval_tasks: tuple[str, ...] = Field((), description="lm-evaluation-harness task names")
+    lm_eval_path: Path | None = Field(None, description="folder with task YAML files")
+    lm_eval_num_fewshot: CountOrZero | None = None
+    lm_eval_limit: Count | None = Field(None, description="documents of each task; null: all")
+
+
+class BudgetConfig(Section):
+    """A brake on spending; not part of the data's identity."""
+
+    max_expert_calls: CountOrZero | None = Field(None, description="null: no limit")
+
+
+class SiteConfig(Section):
+    """Where and how it runs: outside every digest."""
+
+    executor: Literal["local", "slurm"] = Field(
+        "local", description="slurm: refuse to work outside an allocation"
+    )
+    num_workers: Count = Field(1, description="local processes that share array tasks and units")
+    num_sft_ranks: Count = Field(1, description="processes (GPUs) of the fine-tuning on one node")
+    lease_s: Positive = Field(60.0, description="a silent holder's claim ends after so long")
+    max_restarts_without_progress: CountOrZero = 2
+    gpus_per_node: CountOrZero = Field(0, description="GPUs bound to workers in turn; 0: none")
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    run_dir: Path | None = Field(None, description="null: runs/<name> in the current folder")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 543
+    seeds: SeedsConfig = SeedsConfig()
+    instructor: EngineConfig = TemplateEngineConfig()
+    reviewer: ReviewerConfig = TemplateReviewerConfig()
+    expert: EngineConfig = TemplateEngineConfig()
+    policy: PolicyConfig = PolicyConfig()
+    generate: GenerateConfig = GenerateConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    sft: SftConfig = SftConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    budget: BudgetConfig = BudgetConfig()
+    site: SiteConfig = SiteConfig()
+
+    @property
+    def resolved_run_dir(self) -> Path:
+        """The run directory; `load_config` has made it absolute."""
+        if self.run_dir is None:
+            raise AssertionError("load_config sets run_dir")
+        return self.run_dir

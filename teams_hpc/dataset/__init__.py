@@ -1,0 +1,1 @@
+"""From generated rows to a training set: merge, near-duplicates, decontamination, packing."""

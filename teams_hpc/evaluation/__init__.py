@@ -1,0 +1,1 @@
+"""What the result is worth: held-out loss, benchmarks, privacy, diversity."""

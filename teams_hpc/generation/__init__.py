@@ -1,0 +1,1 @@
+"""Generation: chains of rewriting steps through the expert, shared by workers as work units."""

@@ -1,0 +1,1 @@
+"""What policy training and generation share: seeds, operations, observation, verdict, rules."""

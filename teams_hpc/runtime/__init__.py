@@ -1,0 +1,1 @@
+"""What a running process needs: its rank, a stop flag, logs and progress."""

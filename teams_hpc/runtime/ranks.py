@@ -1,0 +1,38 @@
+"""Rank and world size of this process, from whichever launcher started it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from teams_hpc.errors import UsageError
+
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """Place of this process among those started together."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise UsageError(f"rank {self.rank} is outside a world of {self.world_size}")
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """Ranks as torchrun or a Slurm step set them; a single process otherwise."""
+    for names in _LAUNCHERS:
+        if all(name in environment for name in names):
+            rank, world_size, local_rank = (int(environment[name]) for name in names)
+            return Ranks(rank=rank, world_size=world_size, local_rank=local_rank)
+    return Ranks()

@@ -1,0 +1,1 @@
+"""What is on disk: the run directory and the formats in it, each committed atomically."""

@@ -1,0 +1,183 @@
+"""Exclusive claims that end when their holder does.
+
+A claim is a small file, taken by an exclusive `link`. It is stale if its holder ran on this host
+and is gone, or if its heartbeat has not moved for `lease_s` on the observer's own monotonic clock.
+Clocks of two machines are never compared. A claim saves work; correctness never hangs on it.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from teams_hpc.storage.atomic import write_json
+
+
+def _process_start(pid: int) -> str | None:
+    """Start time of a live process in clock ticks since boot; None if gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds a claim."""
+
+    host: str
+    boot_id: str
+    pid: int
+    process_start: str
+    token: str
+
+    @classmethod
+    def me(cls) -> "Holder":
+        return cls(
+            host=socket.gethostname(),
+            boot_id=_boot_id(),
+            pid=os.getpid(),
+            process_start=_process_start(os.getpid()) or "",
+            token=uuid.uuid4().hex,
+        )
+
+    def is_on_this_host(self) -> bool:
+        return self.host == socket.gethostname() and self.boot_id == _boot_id()
+
+    def is_alive_here(self) -> bool:
+        return _process_start(self.pid) == self.process_start
+
+
+def read_holder(path: Path) -> tuple[Holder, int] | None:
+    """Holder and heartbeat of the claim at `path`; None if nobody holds it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return Holder(**value["holder"]), int(value["beat"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        unknown = Holder(host="?", boot_id="?", pid=0, process_start="?", token="?")
+        return unknown, -1
+
+
+@dataclass(slots=True)
+class Lease:
+    """One claim; use it as `if lease.acquire(): ... lease.release()` or in a `with`.
+
+    Args:
+        path: The claim's file.
+        lease_s: A heartbeat that stood still for so long (observer's clock) ends the claim.
+    """
+
+    path: Path
+    lease_s: float = 60.0
+    _holder: Holder | None = None
+    _beat: int = 0
+    _seen: tuple[str, int, float] | None = None
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def acquire(self) -> bool:
+        """Take the claim if it is free or stale; never waits."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        found = read_holder(self.path)
+        if found is not None:
+            if not self._is_stale(*found):
+                return False
+            self._remove(found[0])
+        holder = Holder.me()
+        temporary = self.path.with_name(f".{self.path.name}.{holder.token}.tmp")
+        try:
+            write_json(temporary, self._content(holder))
+            os.link(temporary, self.path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._holder = holder
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._heartbeat, daemon=True)
+        self._thread.start()
+        return True
+
+    def acquire_within(self, seconds: float) -> bool:
+        """Try until the claim is ours or `seconds` have passed."""
+        deadline = time.monotonic() + seconds
+        while not self.acquire():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def is_held(self) -> bool:
+        """Whether the claim is still ours; a holder asks before it publishes."""
+        found = read_holder(self.path)
+        return found is not None and self._holder is not None and found[0] == self._holder
+
+    def release(self) -> None:
+        """Give the claim back, if it is still ours."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self.is_held():
+            self.path.unlink(missing_ok=True)
+        self._holder = None
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def _content(self, holder: Holder) -> dict[str, object]:
+        values = {name: getattr(holder, name) for name in Holder.__slots__}
+        return {"holder": values, "beat": self._beat}
+
+    def _is_stale(self, holder: Holder, beat: int) -> bool:
+        if holder.is_on_this_host():
+            return not holder.is_alive_here()
+        now = time.monotonic()
+        if self._seen is None or self._seen[:2] != (holder.token, beat):
+            self._seen = (holder.token, beat, now)
+            return False
+        return now - self._seen[2] > self.lease_s
+
+    def _remove(self, holder: Holder) -> None:
+        """Remove a stale claim by renaming it: of two who try, one gets it."""
+        grave = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            self.path.rename(grave)
+        except FileNotFoundError:
+            return
+        found = read_holder(grave)
+        if found is not None and found[0] != holder:  # somebody took it in between: give it back
+            try:
+                os.link(grave, self.path)
+            except FileExistsError:
+                pass
+        grave.unlink(missing_ok=True)
+
+    def _heartbeat(self) -> None:
+        while not self._stop.wait(self.lease_s / 4):
+            if self._holder is None or not self.is_held():
+                return
+            self._beat += 1
+            write_json(self.path, self._content(self._holder))
