@@ -1,0 +1,53 @@
+# Everything a person or CI does here. `make help` lists it.
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV ?= .venv
+# Another build of torch, for instance a CUDA one from its own index:
+#   make setup TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130'
+TORCH ?= torch==2.13.0
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+RUN = $(VENV)/bin/teams-hpc
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint types check benchmark clean
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+# The marker files say what a virtual environment has; they are newer than what they were made from.
+$(VENV)/.has-compute: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (the first time a few minutes) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) -c constraints.txt -e '.[compute]'
+	@touch $@
+
+$(VENV)/.has-dev: $(VENV)/.has-compute
+	@echo "Adding what the tests need ..."
+	$(PIP) -c constraints.txt -e '.[compute,eval,dev]'
+	@touch $@
+
+setup: $(VENV)/.has-compute ## make .venv with all a run needs
+
+quickstart: $(VENV)/.has-compute ## the whole pipeline, small, with real parts
+	$(RUN) run configs/quickstart.yaml
+
+test: $(VENV)/.has-dev ## pass the tests
+	$(VENV)/bin/python -m pytest -q tests
+
+lint: $(VENV)/.has-dev ## style and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.has-dev ## static types
+	$(VENV)/bin/mypy
+
+check: lint types test ## all that CI checks
+
+benchmark: $(VENV)/.has-compute ## measure the policy environment on this machine
+	$(VENV)/bin/python benchmarks/policy_environment.py
+
+clean: ## remove the virtual environment and caches, never runs/
+	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

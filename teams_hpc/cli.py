@@ -1,0 +1,283 @@
+"""The `teams-hpc` command: parses words, calls the package, prints what it says. No logic here.
+
+Heavy imports stand inside the commands, so that `--help` answers at once on a login node.
+"""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from teams_hpc.errors import TeamsError, UsageError
+
+app = typer.Typer(
+    name="teams-hpc",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Make instruction-tuning data with reinforcement learning, and fine-tune on it.\n\n"
+    "A run is one YAML file and one folder. The same command starts and resumes it.\n\n"
+    "[bold]teams-hpc run configs/quickstart.yaml[/]   the whole pipeline, here, now\n\n"
+    "[bold]teams-hpc status runs/quickstart[/]   where it stands",
+    epilog="Exit codes: 0 done; 1 the work failed or stopped at its budget; 2 wrong use or bad "
+    "configuration; 144 stopped on request, to be continued.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Show a resolved configuration, or its schema.")
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="For instance seeds.limit=20 expert.kind=http"),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="For instance runs/quickstart")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from teams_hpc import __version__
+
+        print(f"teams-hpc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Options that come before any command."""
+    os.umask(0o077)
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    rerun_from: Annotated[
+        str | None,
+        typer.Option(metavar="STAGE", help="Set this stage and later ones aside; make them again."),
+    ] = None,
+) -> None:
+    """Run the whole pipeline here, now. The same command resumes a run that was stopped.
+
+    Every stage that is done is passed over. Ctrl-C stops at a safe point.
+    """
+    from rich.console import Console
+
+    from teams_hpc.config import load_config
+    from teams_hpc.pipeline.local import run_pipeline
+    from teams_hpc.report.live import LiveDisplay
+    from teams_hpc.report.status import closing_lines
+    from teams_hpc.runtime.preemption import StopFlag
+    from teams_hpc.storage.run_dir import RunDir
+
+    loaded = load_config(config, overrides or ())
+    stop = StopFlag()
+    stop.install()
+    display = LiveDisplay(RunDir(loaded.resolved_run_dir), Console(highlight=False))
+    try:
+        run_dir = run_pipeline(loaded, observer=display, stop=stop, rerun_from=rerun_from)
+    finally:
+        display.close()
+    for line in closing_lines(run_dir, loaded):
+        print(line)
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(metavar="STAGE", help="policy, select, generate, ...")],
+    run_dir: RunFolder,
+    index: Annotated[
+        int, typer.Option(min=0, help="Array task: which policy member, or which worker.")
+    ] = 0,
+) -> None:
+    """Run one task of one stage in this process; what `run` starts, or a job step of yours."""
+    from teams_hpc.pipeline.graph import find_stage, task_name
+    from teams_hpc.pipeline.local import open_run, run_stage_here
+    from teams_hpc.runtime.logs import setup_logging
+    from teams_hpc.runtime.preemption import StopFlag, die_with_parent
+    from teams_hpc.runtime.ranks import read_ranks
+
+    stop = StopFlag()
+    stop.install()
+    die_with_parent()
+    opened, config = open_run(run_dir)
+    setup_logging(read_ranks(), task_name(find_stage(config, name), index))
+    run_stage_here(opened, config, name, index, stop)
+
+
+@app.command()
+def status(
+    run_dir: RunFolder,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show where a run stands: stages, progress, what is left, calls and budget."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from teams_hpc.pipeline.local import open_run
+    from teams_hpc.report.status import read_status, status_json, status_table
+
+    opened, config = open_run(run_dir)
+    if as_json:
+        print(status_json(read_status(opened, config)))
+        return
+    console = Console(highlight=False)
+    if not watch:
+        console.print(status_table(read_status(opened, config)))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            found = read_status(opened, config)
+            live.update(status_table(found), refresh=True)
+            if not found.is_running:
+                return
+            time.sleep(2)
+
+
+@app.command()
+def report(run_dir: RunFolder) -> None:
+    """Write report/report.html again, from what there is now; one self-contained file."""
+    from teams_hpc.pipeline.local import open_run
+    from teams_hpc.report.html import render_report
+
+    opened, config = open_run(run_dir)
+    print(render_report(opened, config))
+
+
+@app.command()
+def verify(run_dir: RunFolder) -> None:
+    """Check checksums, balance and plan coverage; exit 1 and a list if anything is off."""
+    from teams_hpc.pipeline.local import open_run
+    from teams_hpc.report.verify import verify_run
+
+    opened, config = open_run(run_dir)
+    verification = verify_run(opened, config)
+    for line in verification.checked:
+        print(f"ok     {line}")
+    for line in verification.faults:
+        print(f"FAULT  {line}")
+    if verification.faults:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run_dir: RunFolder,
+    format_name: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="alpaca, chat or parquet")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Default: dataset/<format>.json, .jsonl or .parquet")
+    ] = None,
+    rows: Annotated[str, typer.Option(help="train, held_out or all")] = "train",
+) -> None:
+    """Write the data set in a format others read, in plan order."""
+    from teams_hpc.dataset.export import export_rows
+    from teams_hpc.pipeline.local import open_run
+
+    opened, _ = open_run(run_dir)
+    path, count = export_rows(opened, format_name, output, rows)
+    print(f"{count} rows in {path}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Any file of a run directory")],
+    num_rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show.")] = 3,
+) -> None:
+    """Show the schema, counts and a few rows of a file."""
+    from rich.console import Console
+
+    from teams_hpc.report.inspect import describe_file
+
+    Console(highlight=False, soft_wrap=True, markup=False).print(describe_file(file, num_rows))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show what this machine has and lacks, in general or for one configuration."""
+    from rich.console import Console
+
+    from teams_hpc.config import load_config
+    from teams_hpc.report.doctor import diagnose, findings_table
+
+    loaded = load_config(config, overrides or ()) if config else None
+    findings = diagnose(loaded)
+    Console(highlight=False).print(findings_table(findings))
+    if any(finding.is_fault for finding in findings):
+        raise typer.Exit(1)
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the resolved configuration: defaults, site files, file and overrides, as one YAML."""
+    from teams_hpc.config import dump_yaml, load_config
+
+    print(dump_yaml(load_config(config, overrides or ())), end="")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a configuration file, with every key explained."""
+    import json
+
+    from teams_hpc.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=1))
+
+
+def main() -> None:
+    """Entry point: run a command, turn errors into one message and an exit code."""
+    code = 0
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as exit_request:
+        code = exit_request.exit_code
+    except TeamsError as error:
+        _print_error(error)
+        code = error.exit_code
+    except OSError as error:
+        code = _print_os_error(error)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not one of the command line's own
+            raise
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        code = UsageError.exit_code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Libraries' exit handlers have been seen to abort a process whose work was done (DeepSpeed).
+    logging.shutdown()
+    os._exit(code)
+
+
+def _print_error(error: TeamsError) -> None:
+    word = "stopped" if error.exit_code == 144 else "error"
+    print(f"{word}: {error}", file=sys.stderr)
+
+
+def _print_os_error(error: OSError) -> int:
+    """A full disk, a missing right: name the file, say what helps."""
+    import errno
+
+    remedies = {
+        errno.ENOSPC: "the disk is full; free some space and run the same command again",
+        errno.EDQUOT: "your quota is used up; free some space and run the same command again",
+        errno.EACCES: "you may not write or read there; choose another run_dir or mend its rights",
+        errno.EROFS: "that file system is read-only; choose another run_dir",
+    }
+    if error.errno not in remedies:
+        raise error
+    print(f"error: {error.filename or error}: {remedies[error.errno]}", file=sys.stderr)
+    return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2

@@ -1,0 +1,102 @@
+"""Checks of what a configuration points at, before anything is started or a large package loaded."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from teams_hpc.config.schema import (
+    Config,
+    HttpEngineConfig,
+    SftConfig,
+    TransformersEngineConfig,
+)
+from teams_hpc.errors import ConfigError
+
+_ROLES = ("instructor", "reviewer", "expert")
+
+
+def _model_folder_fault(key: str, folder: Path) -> str | None:
+    if not folder.is_dir():
+        return f"{key}: no model folder {folder}; download it there or set {key}=PATH"
+    if not (folder / "config.json").is_file():
+        return f"{key}: {folder} has no config.json; it must be a Hugging Face model folder"
+    if not any(folder.glob("*.safetensors")):
+        return f"{key}: {folder} has no *.safetensors; convert the weights to safetensors"
+    return None
+
+
+def _engine_faults(config: Config) -> Iterator[str]:
+    for role in _ROLES:
+        engine = getattr(config, role)
+        if isinstance(engine, TransformersEngineConfig):
+            fault = _model_folder_fault(f"{role}.model", engine.model)
+            if fault:
+                yield fault
+        if (
+            isinstance(engine, HttpEngineConfig)
+            and engine.api_key_env
+            and not os.environ.get(engine.api_key_env)
+        ):
+            yield (
+                f"{role}.api_key_env: the environment variable {engine.api_key_env} is not set; "
+                "export it, or set the key to null for a server without one"
+            )
+
+
+def _flash_attention_fault(sft: SftConfig) -> str | None:
+    if sft.attention != "flash_attention_2" or importlib.util.find_spec("flash_attn"):
+        return None
+    return (
+        "sft.attention: flash_attention_2 needs the package flash-attn, which is not installed; "
+        "install the extra 'flash', or set sft.attention=sdpa"
+    )
+
+
+def _file_faults(config: Config) -> Iterator[str]:
+    if config.seeds.path is not None and not config.seeds.path.is_file():
+        yield f"seeds.path: no file {config.seeds.path}"
+    for path in config.dataset.decontaminate:
+        if not path.is_file():
+            yield f"dataset.decontaminate: no file {path}"
+    if isinstance(config.sft.model, Path):
+        fault = _model_folder_fault("sft.model", config.sft.model)
+        if fault:
+            yield fault
+    if config.evaluate.lm_eval_path is not None and not config.evaluate.lm_eval_path.is_dir():
+        yield f"evaluate.lm_eval_path: no folder {config.evaluate.lm_eval_path}"
+    if config.evaluate.lm_eval_tasks and not importlib.util.find_spec("lm_eval"):
+        yield "evaluate.lm_eval_tasks: needs the package lm-eval; install the extra 'eval'"
+
+
+def _place_faults(config: Config) -> Iterator[str]:
+    if config.site.executor == "slurm" and "SLURM_JOB_ID" not in os.environ:
+        yield (
+            "site.executor: is slurm, but this is not inside an allocation; start it with sbatch "
+            "or salloc, or set site.executor=local"
+        )
+    existing = config.resolved_run_dir
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        yield f"run_dir: {existing} is a file, not a folder"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"run_dir: {existing} can't be written to; set run_dir=PATH to a folder of yours"
+
+
+def input_faults(config: Config) -> list[str]:
+    """Everything `config` names that isn't there, one line each; empty if all is well."""
+    faults = [*_file_faults(config), *_engine_faults(config), *_place_faults(config)]
+    flash = _flash_attention_fault(config.sft)
+    return [*faults, flash] if flash else faults
+
+
+def check_inputs(config: Config) -> None:
+    """Refuse a configuration that names what isn't there.
+
+    Raises:
+        ConfigError: With all faults at once.
+    """
+    faults = input_faults(config)
+    if faults:
+        raise ConfigError("\n".join(["can't start:", *(f"  {fault}" for fault in faults[:10])]))

@@ -1,0 +1,105 @@
+"""Does the run hold what it says? Checksums, balance and plan coverage."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from teams_hpc.config import Config
+from teams_hpc.config.digest import file_digest
+from teams_hpc.dataset.balance import check_balance as check_dataset_balance
+from teams_hpc.errors import TeamsError
+from teams_hpc.pipeline.graph import stage_graph
+from teams_hpc.pipeline.inputs import is_done
+from teams_hpc.storage.atomic import read_json
+from teams_hpc.storage.run_dir import RunDir, read_manifest
+from teams_hpc.storage.shards import Table
+
+
+@dataclass(slots=True)
+class Verification:
+    """What was checked and found well, and what was not."""
+
+    checked: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, what: str, faults: list[str]) -> None:
+        if faults:
+            self.faults.extend(faults)
+        else:
+            self.checked.append(what)
+
+
+def _file_faults(run_dir: RunDir, stage: str, manifest: dict[str, Any]) -> Iterator[str]:
+    for name, expected in manifest.get("files", {}).items():
+        path = run_dir.stage_dir(stage) / name
+        if not path.is_file():
+            yield f"{path} is missing; make it again with --rerun-from {stage}"
+        elif file_digest(path) != expected:
+            yield f"{path} has changed since it was made; make it again with --rerun-from {stage}"
+
+
+def generation_balance(counts: dict[str, Any]) -> list[str]:
+    """Faults in `attempted = kept + eliminated + failed`."""
+    eliminated = sum(counts["eliminated"].values())
+    total = counts["kept"] + eliminated + counts["failed"]
+    if counts["attempted"] == total:
+        return []
+    return [
+        f"generate: {counts['attempted']} steps attempted, but {counts['kept']} kept + "
+        f"{eliminated} eliminated + {counts['failed']} failed = {total}"
+    ]
+
+
+def _shard_faults(run_dir: RunDir, manifest: dict[str, Any]) -> Iterator[str]:
+    """Every unit of the plan there once, whole, and together as many rows as were attempted."""
+    num_units = read_json(run_dir.plan)["num_units"]
+    num_rows = 0
+    for unit in range(num_units):
+        path = run_dir.shard(unit)
+        if not path.is_file():
+            yield f"{path} is missing: unit {unit} of the plan's {num_units}"
+            continue
+        with Table.open(path) as table:
+            yield from table.verify()
+            num_rows += table.num_rows
+    extra = len(list(run_dir.shards.glob("unit-*.h5"))) - num_units
+    if extra > 0:
+        yield f"{run_dir.shards}: {extra} more units than the plan has"
+    attempted = manifest["counts"]["attempted"]
+    if num_rows != attempted:
+        yield f"{run_dir.shards}: {num_rows} rows, but the manifest says {attempted}"
+
+
+def verify_run(run_dir: RunDir, config: Config) -> Verification:
+    """Check every finished stage.
+
+    A stage that isn't finished is a fault too: nothing reports success on partial work.
+    """
+    verification = Verification()
+    for stage in stage_graph(config):
+        manifest = read_manifest(run_dir, stage.name)
+        if manifest is None or not is_done(run_dir, config, stage):
+            verification.faults.append(f"{stage.name} is not done; `teams-hpc run` goes on with it")
+            continue
+        files = list(_file_faults(run_dir, stage.name, manifest))
+        verification.add(f"{stage.name}: {len(manifest.get('files', {}))} files as made", files)
+        if stage.name == "generate":
+            _check(verification, "generate: every unit of the plan, whole", run_dir, manifest)
+            verification.add(
+                "generate: attempted = kept + eliminated + failed",
+                generation_balance(manifest["counts"]),
+            )
+        if stage.name == "dataset":
+            verification.add(
+                "dataset: every row read is accounted for", check_dataset_balance(manifest)
+            )
+    return verification
+
+
+def _check(
+    verification: Verification, what: str, run_dir: RunDir, manifest: dict[str, Any]
+) -> None:
+    try:
+        verification.add(what, list(_shard_faults(run_dir, manifest)))
+    except TeamsError as error:
+        verification.faults.append(str(error))
