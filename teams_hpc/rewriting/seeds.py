@@ -128,7 +128,7 @@ def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         for number, item in enumerate(_parse_list(path, text), 1):
             yield f"{path}, item {number}", item
     elif _is_one_object(text):
-        yield f"{path}, item 1", json.loads(text)
+        yield lines[0][0], json.loads(text)
     elif is_json_file or _OPENS_OBJECT.match(text) or _are_json_strings(lines):
         for where, line in lines:
             yield where, _parse_line(where, line)
@@ -176,9 +176,14 @@ def _parse_line(where: str, line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
+        reason = (
+            f"{error.msg}, column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else error
+        )
         raise SeedError(
-            f"{where}: not valid JSON ({error}); each line must hold one whole record: "
-            f"{_RECORD_REMEDY}. Plain text belongs in a .txt file"
+            f"{where}: not valid JSON ({reason}); each line must hold one whole record, and "
+            f"{_RECORD_REMEDY}; plain text belongs in a .txt file"
         ) from None
 
 
