@@ -1,4 +1,4 @@
-"""Checks of what a configuration points at, before anything is started or a large package loaded."""
+"""Checks of what a configuration points at, before anything is started or torch is loaded."""
 
 import importlib.util
 import os

@@ -6,6 +6,7 @@ Setting another `kind` of engine drops the settings only the old kind has.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from teams_hpc.errors import ConfigError
 _ROLES = ("instructor", "reviewer", "expert")
 _PATH_KEYS = ("run_dir", "seeds.path", "sft.model", "evaluate.lm_eval_path")
 _MOST_FAULTS = 10
+_DEFAULT_KIND = "template"
 _SHARED_ENGINE_KEYS = frozenset(EngineBase.model_fields)
 
 
@@ -35,7 +37,12 @@ class _Located(str):
         return located
 
     def resolve(self) -> Path:
-        return Path(self.base, Path(self).expanduser()).absolute()
+        return _normal(Path(self.base, Path(self).expanduser()))
+
+
+def _normal(path: Path) -> Path:
+    """Absolute and without `..`; symbolic links stay as they are."""
+    return Path(os.path.normpath(path.absolute()))
 
 
 class _Loader(yaml.SafeLoader):
@@ -106,17 +113,26 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            if key in _ROLES and "kind" in value and value["kind"] != old.get("kind", "template"):
-                old = {name: old[name] for name in old if name in _SHARED_ENGINE_KEYS}
-            merged[key] = _merge(old, value)
-        else:
-            merged[key] = value
+        both = isinstance(value, dict) and isinstance(old, dict)
+        merged[key] = _merge(old, value) if both else value
     return merged
 
 
+def _put_layer(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge two layers; a role whose `kind` changes loses what only its old kind has."""
+    below = dict(below)
+    for role in _ROLES:
+        old, new = below.get(role), above.get(role)
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            continue
+        kind = old.get("kind", _DEFAULT_KIND)
+        if new.get("kind", kind) != kind:
+            below[role] = {name: old[name] for name in old if name in _SHARED_ENGINE_KEYS}
+    return _merge(below, above)
+
+
 def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    path = path.absolute()
+    path = _normal(path)
     if path in seen:
         raise ConfigError(f"{path} extends itself: {' -> '.join(map(str, (*seen, path)))}")
     values = _read_yaml_file(path)
@@ -126,8 +142,8 @@ def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: extends must be a file name or a list of them")
     merged: dict[str, Any] = {}
     for name in parents:
-        merged = _merge(merged, _read_layers(path.parent / name, (*seen, path)))
-    return _merge(merged, _locate(values, path.parent))
+        merged = _put_layer(merged, _read_layers(path.parent / name, (*seen, path)))
+    return _put_layer(merged, _locate(values, path.parent))
 
 
 def parse_overrides(overrides: Iterable[str], base: Path) -> dict[str, Any]:
@@ -154,8 +170,11 @@ def parse_overrides(overrides: Iterable[str], base: Path) -> dict[str, Any]:
     return layer
 
 
-def _resolve_paths(values: dict[str, Any]) -> None:
-    """Make every path absolute, in place; only now is it known which `model` is a path."""
+def _complete(values: dict[str, Any]) -> None:
+    """Set default kinds and make every path absolute, in place: now `kind` tells what is a path."""
+    for role in _ROLES:
+        if isinstance(values.get(role), dict):
+            values[role].setdefault("kind", _DEFAULT_KIND)
     keys = [key.split(".") for key in _PATH_KEYS]
     keys += [
         [role, "model"]
@@ -240,8 +259,8 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: With all faults at once, each with its dotted key and the remedy.
     """
-    values = _merge(_read_layers(path), parse_overrides(overrides, Path.cwd()))
-    _resolve_paths(values)
+    values = _put_layer(_read_layers(path), parse_overrides(overrides, Path.cwd()))
+    _complete(values)
     config = _validate(values, str(path))
     if config.run_dir is None:
         config = config.model_copy(update={"run_dir": Path.cwd() / "runs" / config.name})

@@ -43,8 +43,7 @@ def stage_progress(run_dir: RunDir, stage: str) -> StageProgress | None:
 
     Workers that share units each count their own rows out of all, so the total is the largest.
     """
-    values = [_read(path) for path in sorted(run_dir.metrics.glob(f"{stage}*.progress.json"))]
-    found = [value for value in values if value]
+    found = [read_json(path) for path in sorted(run_dir.metrics.glob(f"{stage}*.progress.json"))]
     if not found:
         return None
     shared = stage == "generate"
@@ -56,11 +55,6 @@ def stage_progress(run_dir: RunDir, stage: str) -> StageProgress | None:
         rate_per_s=sum(float(value["rate_per_s"]) for value in found),
         message=str(max(found, key=lambda value: value["updated"])["message"]),
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    return value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,207 @@
+"""Layers, overrides, paths and messages of the configuration."""
+
+from pathlib import Path
+
+import pytest
+
+from teams_hpc.config import Config, ModelShape, dump_yaml, load_config, load_resolved
+from teams_hpc.config.digest import changed_keys, inputs_digest, stage_inputs
+from teams_hpc.errors import ConfigError
+
+SHIPPED = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_files_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    assert load_resolved(write(tmp_path / "config.yaml", dump_yaml(config))) == config
+
+
+def test_the_shipped_files_are_all_here() -> None:
+    names = {path.stem for path in SHIPPED}
+    assert names >= {"quickstart", "paper-llama1-7b", "llama2-7b-a100", "llama3-8b-a100"}
+    for name in ("llama2-7b-a100", "llama3-8b-a100"):
+        config = load_config(next(path for path in SHIPPED if path.stem == name))
+        assert config.sft.attention == "flash_attention_2"
+        assert config.site.executor == "slurm"
+
+
+@pytest.mark.parametrize("name", ["local", "slurm-a100"])
+def test_shipped_sites_load(name: str, tmp_path: Path) -> None:
+    site = Path(__file__).parents[2] / "configs" / "sites" / f"{name}.yaml"
+    config = load_config(write(tmp_path / "run.yaml", f"name: a\nextends: {site}\n"))
+    assert config.site.executor == ("local" if name == "local" else "slurm")
+
+
+def test_layers_override_in_order(tmp_path: Path) -> None:
+    write(tmp_path / "sites" / "s.yaml", "seed: 1\nsite: {num_workers: 3}\npolicy: {num_envs: 5}")
+    path = write(tmp_path / "run.yaml", "name: a\nextends: sites/s.yaml\nseed: 2\n")
+    config = load_config(path, ["seed=3", "seed=4"])
+    assert (config.seed, config.site.num_workers, config.policy.num_envs) == (4, 3, 5)
+    assert load_config(path).seed == 2
+
+
+def test_relative_paths_start_where_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "sites" / "s.yaml", "expert: {kind: transformers, model: m}")
+    path = write(
+        tmp_path / "configs" / "run.yaml", "name: a\nextends: ../sites/s.yaml\nseeds: {path: s.txt}"
+    )
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    config = load_config(path, ["dataset.decontaminate=[bench.jsonl]", "sft.model=llama"])
+    assert config.expert.model == tmp_path / "sites" / "m"  # type: ignore[union-attr]
+    assert config.seeds.path == tmp_path / "configs" / "s.txt"
+    assert config.dataset.decontaminate == (work / "bench.jsonl",)
+    assert config.sft.model == work / "llama"
+    assert config.run_dir == work / "runs" / "a"
+
+
+def test_a_new_kind_drops_what_only_the_old_one_has(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "run.yaml",
+        "name: a\nexpert: {kind: transformers, model: m, batch_size: 4, max_tokens: 9}\n",
+    )
+    assert load_config(path, ["expert.kind=template"]).expert.model_dump() == {
+        "kind": "template",
+        "max_tokens": 9,
+        "temperature": 0.7,
+        "top_p": 0.95,
+    }
+    words = ["expert.model=served", "expert.base_url=http://n1/v1", "expert.kind=http"]
+    for order in (words, words[::-1]):
+        expert = load_config(path, order).expert
+        assert (expert.kind, expert.model) == ("http", "served")  # type: ignore[union-attr]
+
+
+def test_numbers_are_what_they_seem(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.yaml", "name: a\nsft: {learning_rate: 1e-3}\n")
+    config = load_config(path, ["policy.target_kl=2e-2", "sft.model.hidden_size=32"])
+    assert config.sft.learning_rate == 1e-3
+    assert config.policy.target_kl == 0.02
+    assert isinstance(config.sft.model, ModelShape)
+    with pytest.raises(ConfigError, match=r"site\.lease_s"):
+        load_config(path, ["site.lease_s=24:00:00"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["polcy.iterations=3"], ["polcy: no such key; did you mean policy?"]),
+        (["policy.iteration=3"], ["policy.iteration: no such key; did you mean iterations?"]),
+        (["policy.iterations=many"], ["policy.iterations", "'many'"]),
+        (["policy.iterations=0"], ["policy.iterations", "greater than or equal to 1"]),
+        (["expert.kind=gpt"], ["expert.kind: must be one of", "'transformers'"]),
+        (["expert.kind=transformers"], ["expert.model: is missing"]),
+        (["reviewer.kind=http", "reviewer.base_url=ftp://x"], ["reviewer.base_url"]),
+        (["seeds.policy_train_share=0.9"], ["seeds: the four split shares sum to"]),
+        (["sft.max_steps=9", "sft.schedule_steps=8"], ["sft: max_steps 9 is more than"]),
+        (["sft.model.num_attention_heads=7"], ["sft.model: hidden_size"]),
+        (["name=../evil"], ["name"]),
+        (["seed"], ["'seed' is not KEY=VALUE"]),
+        (["seed=[1"], ["seed", "not valid YAML"]),
+    ],
+)
+def test_faults_name_key_and_remedy(
+    tmp_path: Path, overrides: list[str], expected: list[str]
+) -> None:
+    path = write(tmp_path / "run.yaml", "name: a\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    for text in expected:
+        assert text in str(caught.value)
+
+
+def test_all_faults_come_at_once_within_twelve_lines(tmp_path: Path) -> None:
+    wrong = "\n".join(f"key{number}: 1" for number in range(30))
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path / "run.yaml", f"name: a\n{wrong}\n"))
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 12
+    assert "and 21 more" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: a\nname: b\n", "stands twice"),
+        ("- a\n", "must hold keys and values"),
+        ("name: [", "not valid YAML"),
+        ("name: a\nextends: run.yaml\n", "extends itself"),
+        ("name: a\nextends: nowhere.yaml\n", "no config file"),
+        ("name: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+    ],
+)
+def test_broken_files_are_refused(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_config(write(tmp_path / "run.yaml", text))
+
+
+def config_with(tmp_path: Path, *overrides: str) -> Config:
+    return load_config(write(tmp_path / "run.yaml", "name: a\n"), overrides)
+
+
+def test_digests_ignore_where_and_how_hard(tmp_path: Path) -> None:
+    base = config_with(tmp_path)
+    same = config_with(
+        tmp_path,
+        "site.num_workers=7",
+        "budget.max_expert_calls=5",
+        "sft.micro_batch_rows=1",
+        "sft.offload_optimizer=true",
+        "sft.checkpoint_interval_steps=3",
+        "sft.max_steps=2",
+        "name=other",
+        "run_dir=elsewhere",
+    )
+    for stage in ("policy", "select", "generate", "dataset", "sft", "evaluate"):
+        assert stage_inputs(base, stage) == stage_inputs(same, stage)
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("policy.gamma=0.9", {"policy"}),
+        ("policy.num_eval_episodes=9", {"select"}),
+        ("generate.num_steps=9", {"generate"}),
+        ("dataset.drop_truncated=false", {"dataset"}),
+        ("sft.learning_rate=0.1", {"sft"}),
+        ("sft.sequence_length=64", {"dataset", "sft"}),
+        ("evaluate.control_steps=9", {"evaluate"}),
+        ("reviewer.temperature=0.1", {"policy", "generate"}),
+        ("expert.max_tokens=9", {"generate"}),
+    ],
+)
+def test_a_key_changes_the_digests_of_its_stages_only(
+    tmp_path: Path, override: str, stages: set[str]
+) -> None:
+    base, other = config_with(tmp_path), config_with(tmp_path, override)
+    changed = {
+        stage
+        for stage in ("policy", "select", "generate", "dataset", "sft", "evaluate")
+        if inputs_digest(stage_inputs(base, stage)) != inputs_digest(stage_inputs(other, stage))
+    }
+    assert changed == stages
+    for stage in stages:
+        keys = changed_keys(stage_inputs(base, stage), stage_inputs(other, stage))
+        assert keys == [override.partition("=")[0]]
+
+
+def test_files_count_by_content_not_by_path(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.txt", "one\n")
+    second = write(tmp_path / "b.txt", "one\n")
+    third = write(tmp_path / "c.txt", "two\n")
+    inputs = [
+        stage_inputs(config_with(tmp_path, f"seeds.path={path}"), "generate")
+        for path in (first, second, third)
+    ]
+    assert inputs[0] == inputs[1] != inputs[2]
