@@ -1,0 +1,236 @@
+"""The whole pipeline through the real command: one run, resumed runs, killed runs, changed runs."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TINY = """
+name: tiny
+seeds: {limit: 60}
+policy: {num_members: 2, iterations: 3, num_envs: 8, num_bootstrap: 100}
+generate: {num_steps: 3, unit_size: 8}
+sft:
+  dtype: float32
+  model: {vocab_size: 400, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1,
+          num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 512}
+  sequence_length: 512
+  schedule_steps: 4
+  global_batch_rows: 2
+  micro_batch_rows: 1
+  warmup_steps: 1
+  learning_rate: 1.0e-2
+  checkpoint_interval_steps: 2
+  eval_interval_steps: 2
+evaluate: {num_bootstrap: 100, control_steps: 5}
+site: {num_workers: 2, num_sft_ranks: 2}
+"""
+STAGES = ("policy", "select", "generate", "dataset", "sft", "evaluate", "report")
+
+
+def start(config: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        (sys.executable, "-m", "teams_hpc", "run", str(config), *words),
+        cwd=config.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def run(config: Path, *words: str, timeout_s: float = 240) -> tuple[int, str]:
+    process = start(config, *words)
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+def command(*words: str) -> tuple[int, str]:
+    found = subprocess.run(
+        (sys.executable, "-m", "teams_hpc", *words),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return found.returncode, found.stdout + found.stderr
+
+
+def data_digest(root: Path) -> str:
+    """Identity of the data set: over columns, in plan order."""
+    return str(json.loads((root / "dataset" / "manifest.json").read_text())["sha256"])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny run, made without interruption; tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = folder / "tiny.yaml"
+    config.write_text(TINY)
+    code, output = run(config)
+    assert code == 0, output
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "copy")
+    config = tmp_path / "copy" / "tiny.yaml"
+    code, output = run(config)
+    assert code == 0, output
+    return config
+
+
+def test_every_stage_leaves_a_manifest_and_verify_agrees(finished: Path) -> None:
+    root = finished / "runs" / "tiny"
+    for stage in STAGES:
+        assert (root / stage / "manifest.json").is_file(), stage
+    assert root.stat().st_mode & 0o077 == 0
+    code, output = command("verify", str(root))
+    assert code == 0, output
+    assert "FAULT" not in output
+    code, output = command("status", str(root), "--json")
+    status = json.loads(output)
+    assert [line["state"] for line in status["stages"]] == ["done"] * len(STAGES)
+    assert not status["is_running"]
+    assert status["expert_calls"] > 0
+
+
+def test_running_again_does_nothing(copied: Path) -> None:
+    root = copied.parent / "runs" / "tiny"
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("manifest.json")}
+    code, output = run(copied, timeout_s=30)
+    assert code == 0
+    assert output.count("done before") == len(STAGES)
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("manifest.json")} == before
+
+
+def test_a_changed_config_is_refused_and_made_again_on_request(copied: Path) -> None:
+    code, output = run(copied, "sft.learning_rate=5e-3")
+    assert code == 2
+    assert "sft.learning_rate: was 0.01, is 0.005" in output
+    assert "--rerun-from sft" in output
+    assert len(output.splitlines()) <= 12
+    root = copied.parent / "runs" / "tiny"
+    rows = data_digest(root)
+    generated = (root / "generate" / "manifest.json").stat().st_mtime_ns
+    code, output = run(copied, "sft.learning_rate=5e-3", "--rerun-from", "sft")
+    assert code == 0, output
+    assert (root / "superseded" / "001" / "sft" / "manifest.json").is_file()
+    assert (root / "generate" / "manifest.json").stat().st_mtime_ns == generated
+    assert data_digest(root) == rows
+
+
+def test_a_flipped_bit_is_found(copied: Path) -> None:
+    root = copied.parent / "runs" / "tiny"
+    shard = sorted((root / "generate" / "shards").glob("*.h5"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.chmod(0o600)
+    shard.write_bytes(content)
+    code, output = command("verify", str(root))
+    assert code == 1
+    assert shard.name in output
+
+
+def test_a_run_in_use_is_refused(copied: Path) -> None:
+    holder = (
+        "import sys, time; from pathlib import Path; from teams_hpc.storage.lease import Lease\n"
+        "assert Lease(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
+    )
+    lease = copied.parent / "runs" / "tiny" / "leases" / "run"
+    with subprocess.Popen(
+        (sys.executable, "-c", holder, str(lease)), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        code, output = run(copied, timeout_s=30)
+        process.kill()
+    assert code == 2
+    assert "in use by process" in output
+    code, output = run(copied, timeout_s=60)
+    assert code == 0, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_any_number_of_workers_makes_the_same_rows(
+    finished: Path, tmp_path: Path, num_workers: int
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    root = tmp_path / "runs" / "tiny"
+    for name in ("policy", "select"):
+        shutil.copytree(finished / "runs" / "tiny" / name, root / name)
+    stop_after(config, root, "dataset", f"site.num_workers={num_workers}")
+    assert data_digest(root) == data_digest(finished / "runs" / "tiny")
+
+
+def stop_after(config: Path, root: Path, stage: str, *words: str, timeout_s: float = 120) -> None:
+    """Run until `stage` is done, then kill the run."""
+    process = start(config, *words)
+    deadline = time.monotonic() + timeout_s
+    try:
+        while not (root / stage / "manifest.json").exists():
+            assert time.monotonic() < deadline, f"{stage} takes too long"
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=30)
+
+
+def processes_of(root: Path) -> list[int]:
+    """Live processes whose arguments name this run directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+            state = (path.parent / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if str(root).encode() in words and state not in "ZX":
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_it_completes_with_the_same_rows(
+    finished: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    root = tmp_path / "runs" / "tiny"
+    moments = random.Random(5)
+    for stage in STAGES[:-1]:
+        process = start(config)
+        deadline = time.monotonic() + 120
+        while not (root / stage / "inputs.json").exists():
+            assert time.monotonic() < deadline, f"{stage} never starts"
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0.0, 4.0))
+        process.kill()
+        process.communicate(timeout=30)
+        deadline = time.monotonic() + 5
+        while processes_of(root) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert processes_of(root) == []
+    code, output = run(config)
+    assert code == 0, output
+    assert data_digest(root) == data_digest(finished / "runs" / "tiny")
+    code, output = command("verify", str(root))
+    assert code == 0, output
+    assert list(root.rglob("*.tmp")) == []
