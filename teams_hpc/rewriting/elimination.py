@@ -1,0 +1,116 @@
+"""Why a step is dropped: the four published rules, and what makes a rewrite unusable at all.
+
+Order of the checks: unusable, copied prompt (rule 4), off length (option) on the text of the
+rewrite; equal (rule 1) on the reviewer's verdict; refusal (rule 2), empty answer (rule 3) on the
+answer. The first that applies is the reason.
+"""
+
+import re
+from enum import StrEnum
+
+from teams_hpc.llm.base import Completion
+from teams_hpc.rewriting.operations import FORBIDDEN_PHRASES, Operation, keeps_length_rule
+
+REFUSAL_WORDS = 80
+"""An answer with "sorry" and fewer words than this is a refusal."""
+
+
+class Reason(StrEnum):
+    """Why a step was not kept. The order is the code in rows: never reorder."""
+
+    NONE = "none"
+    EQUAL = "equal"
+    REFUSAL = "refusal"
+    EMPTY_ANSWER = "empty_answer"
+    COPIED_PROMPT = "copied_prompt"
+    UNUSABLE = "unusable"
+    OFF_LENGTH = "off_length"
+    ENGINE_ERROR = "engine_error"
+
+
+REASONS = tuple(Reason)
+
+# Function words of English; an answer of these alone says nothing.
+_STOP_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        a about above after again all also am an and any are as at be because been before being
+        below between both but by can could did do does doing down during each few for from
+        further had has have having he her here hers herself him himself his how i if in into is
+        it its itself just me more most my myself no nor not now of off on once only or other our
+        ours ourselves out over own same she should so some such than that the their theirs them
+        themselves then there these they this those through to too under until up very was we were
+        what when where which while who whom why will with would you your yours yourself
+        yourselves
+        """,
+    )
+)
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+
+
+def normal_text(text: str) -> str:
+    """A text for comparison: case folded, white space and outer punctuation levelled."""
+    return " ".join(_WORD.findall(text.casefold()))
+
+
+def copies_prompt(rewrite: str, parent: str) -> bool:
+    """Rule 4: the rewrite has a phrase of the rewriting prompt that its parent didn't have."""
+    new, old = rewrite.casefold(), parent.casefold()
+    return any(phrase in new and phrase not in old for phrase in FORBIDDEN_PHRASES)
+
+
+def is_unusable(rewrite: str, parent: str, *, is_cut_off: bool, max_words: int) -> bool:
+    """Empty, unchanged, cut off or over length."""
+    if is_cut_off or len(rewrite.split()) > max_words:
+        return True
+    compared = normal_text(rewrite)
+    return not compared or compared == normal_text(parent)
+
+
+def check_rewrite(
+    operation: Operation,
+    parent: str,
+    rewrite: str,
+    completion: Completion,
+    *,
+    max_words: int,
+    enforce_added_words: bool = False,
+) -> Reason:
+    """Checks that need no verdict.
+
+    Args:
+        operation: What was asked for.
+        parent: The instruction it was made from.
+        rewrite: The cleaned rewrite.
+        completion: What the engine returned.
+        max_words: A longer rewrite is unusable.
+        enforce_added_words: Drop rewrites that don't add 10 to 20 words where they should.
+    """
+    if completion.finish_reason == "error":
+        return Reason.ENGINE_ERROR
+    is_cut_off = completion.finish_reason == "length"
+    if is_unusable(rewrite, parent, is_cut_off=is_cut_off, max_words=max_words):
+        return Reason.UNUSABLE
+    if copies_prompt(rewrite, parent):
+        return Reason.COPIED_PROMPT
+    if enforce_added_words and keeps_length_rule(operation, parent, rewrite) is False:
+        return Reason.OFF_LENGTH
+    return Reason.NONE
+
+
+def check_verdict(p_not_equal: float, threshold: float) -> Reason:
+    """Rule 1: no information gained."""
+    return Reason.EQUAL if p_not_equal < threshold else Reason.NONE
+
+
+def check_answer(completion: Completion) -> Reason:
+    """Rules 2 and 3."""
+    if completion.finish_reason == "error":
+        return Reason.ENGINE_ERROR
+    text = completion.text
+    if "sorry" in text.casefold() and len(text.split()) < REFUSAL_WORDS:
+        return Reason.REFUSAL
+    if all(word in _STOP_WORDS for word in _WORD.findall(text.casefold())):
+        return Reason.EMPTY_ANSWER
+    return Reason.NONE

@@ -1,0 +1,167 @@
+"""The six textual operations and the prompts that ask for them.
+
+The wording is ours; what each prompt asks for follows the paper's published rules.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from enum import StrEnum
+
+from teams_hpc.llm.base import Message, Request, Task
+
+PROMPT_SCHEMA = 1
+"""Counted into digests: raise it when any prompt changes."""
+
+FEWEST_ADDED_WORDS = 10
+MOST_ADDED_WORDS = 20
+
+
+class Operation(StrEnum):
+    """What can be done to an instruction. The order is the code in rows: never reorder."""
+
+    ADD_CONSTRAINTS = "add_constraints"
+    DEEPENING = "deepening"
+    CONCRETIZING = "concretizing"
+    INCREASE_REASONING_STEPS = "increase_reasoning_steps"
+    COMPLICATE_INPUT = "complicate_input"
+    BREADTH = "breadth"
+
+
+OPERATIONS = tuple(Operation)
+
+_METHODS = {
+    Operation.ADD_CONSTRAINTS: (
+        "Add one more constraint or requirement to it. Add or replace only 10 to 20 words."
+    ),
+    Operation.DEEPENING: (
+        "If it asks about an issue, increase the depth and breadth of what it asks. "
+        "Add only 10 to 20 words."
+    ),
+    Operation.CONCRETIZING: (
+        "Replace its general concepts with more specific ones. Add only 10 to 20 words."
+    ),
+    Operation.INCREASE_REASONING_STEPS: (
+        "If a few simple steps of thought would solve it, make it ask explicitly for reasoning in "
+        "several steps. Add only 10 to 20 words."
+    ),
+    Operation.COMPLICATE_INPUT: (
+        "Make it more complex by putting data into it in a format such as a table, code, JSON or "
+        "a formula, which has to be used to solve it."
+    ),
+}
+
+INSTRUCTION_OPENS = "<<<INSTRUCTION"
+INPUT_OPENS = "<<<INPUT"
+BLOCK_CLOSES = ">>>"
+
+FORBIDDEN_PHRASES = (
+    "given prompt",
+    "rewritten prompt",
+    "created prompt",
+    "#rewritten prompt#",
+    "#created prompt#",
+    INSTRUCTION_OPENS.lower(),
+    INPUT_OPENS.lower(),
+)
+"""What a rewrite must not have copied from the prompt that asked for it (rule 4)."""
+
+_REWRITER = (
+    "You are a prompt rewriter. You turn an instruction into a version that is a bit harder for "
+    "well-known AI systems, yet reasonable, and that people can understand and answer."
+)
+_CREATOR = (
+    "You are a prompt creator. Inspired by an instruction, you write a brand-new one that people "
+    "can understand and answer."
+)
+_COMMON = (
+    "Don't repeat conditions it already has, and don't say what your task is. Write at most 2048 "
+    'words. The phrases "given prompt", "rewritten prompt" and "created prompt" must not appear. '
+    "Answer with the new instruction alone, without introduction or explanation."
+)
+
+
+def _blocks(instruction: str, input_text: str) -> str:
+    block = f"{INSTRUCTION_OPENS}\n{instruction}\n{BLOCK_CLOSES}"
+    return f"{block}\n{INPUT_OPENS}\n{input_text}\n{BLOCK_CLOSES}" if input_text else block
+
+
+def _rewrite_text(operation: Operation, instruction: str, input_text: str) -> str:
+    if operation is Operation.BREADTH:
+        task = (
+            "Write a new instruction of the same domain as the one below, but rarer. Its length "
+            "and difficulty should be similar. It must stand on its own."
+        )
+        return f"{_CREATOR}\n\n{task} {_COMMON}\n\n{_blocks(instruction, input_text)}"
+    keep = "Keep everything in it that is not text, such as tables and code."
+    if input_text:
+        keep += " The input below belongs to it and stays as it is: don't repeat or change it."
+    method = f"Rewrite the instruction below by this method: {_METHODS[operation]}"
+    return f"{_REWRITER}\n\n{method} {keep} {_COMMON}\n\n{_blocks(instruction, input_text)}"
+
+
+def rewrite_request(
+    operation: Operation, instruction: str, input_text: str, *, request_id: str, seed: int
+) -> Request:
+    """The request to rewrite an instruction by one operation."""
+    return Request(
+        id=request_id,
+        messages=(Message(role="user", content=_rewrite_text(operation, instruction, input_text)),),
+        task=Task(
+            kind="rewrite", instruction=instruction, input=input_text, operation=str(operation)
+        ),
+        seed=seed,
+    )
+
+
+def answer_request(instruction: str, input_text: str, *, request_id: str, seed: int) -> Request:
+    """The request to answer an instruction; its input follows after an empty line."""
+    content = f"{instruction}\n\n{input_text}" if input_text else instruction
+    return Request(
+        id=request_id,
+        messages=(Message(role="user", content=content),),
+        task=Task(kind="answer", instruction=instruction, input=input_text),
+        seed=seed,
+    )
+
+
+def prompt_hash(request: Request) -> str:
+    """16 hexadecimal digits over the messages of a request."""
+    state = hashlib.blake2b(digest_size=8)
+    for message in request.messages:
+        state.update(f"{message.role}\0{message.content}\0".encode("utf-8", "surrogatepass"))
+    return state.hexdigest()
+
+
+def carried_input(operation: Operation, input_text: str) -> str:
+    """The input that belongs to the rewrite: breadth makes a new prompt that stands alone."""
+    return "" if operation is Operation.BREADTH else input_text
+
+
+_INTRODUCTION_QUOTES = {'"': '"', "“": "”", "'": "'"}
+
+
+def clean_rewrite(text: str) -> str:
+    """A model's rewrite without surrounding white space and one pair of enclosing quotes."""
+    text = text.strip()
+    closing = _INTRODUCTION_QUOTES.get(text[:1])
+    if closing and len(text) > 2 and text.endswith(closing) and text.count(closing) <= 2:
+        text = text[1:-1].strip()
+    return text
+
+
+_WORD = re.compile(r"[\w'’-]+")
+
+
+def added_words(before: str, after: str) -> int:
+    """Words of `after` that `before` doesn't have, each as often as it is there more often."""
+    old = Counter(_WORD.findall(before.casefold()))
+    new = Counter(_WORD.findall(after.casefold()))
+    return sum((new - old).values())
+
+
+def keeps_length_rule(operation: Operation, before: str, after: str) -> bool | None:
+    """Whether 10 to 20 words were added; None for operations without that rule."""
+    if operation in (Operation.COMPLICATE_INPUT, Operation.BREADTH):
+        return None
+    return FEWEST_ADDED_WORDS <= added_words(before, after) <= MOST_ADDED_WORDS
