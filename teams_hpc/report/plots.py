@@ -53,9 +53,10 @@ def lines(
     with mpl.rc_context(_STYLE):
         figure, axes = _figure()
         for number, (name, (x, y)) in enumerate(series.items()):
-            style = {"marker": "o", "markersize": 3.5} if name in markers else {}
             colour = PALETTE[number % len(PALETTE)]
-            axes.plot(x, y, label=name, color=colour, linewidth=1.5, **style)
+            (line,) = axes.plot(x, y, label=name, color=colour, linewidth=1.5)
+            if name in markers:
+                line.set(marker="o", markersize=3.5)
         for number, (name, level) in enumerate((levels or {}).items()):
             dashes = ("--", ":", "-.")[number % 3]
             axes.axhline(level, color="#555b63", linestyle=dashes, linewidth=1.2, label=name)

@@ -1,0 +1,114 @@
+"""The stage `report`: one self-contained HTML page that a person enjoys reading."""
+
+from pathlib import Path
+from typing import Any
+
+from teams_hpc.config import Config, dump_yaml
+from teams_hpc.config.digest import file_digest
+from teams_hpc.report import page, sections, story
+from teams_hpc.report.usage import collect_usage
+from teams_hpc.rewriting.seeds import read_seeds
+from teams_hpc.runtime.metrics import Progress, read_metrics
+from teams_hpc.runtime.preemption import StopFlag
+from teams_hpc.storage.atomic import read_json, write_text
+from teams_hpc.storage.run_dir import RunDir, read_manifest, write_manifest
+
+_NUM_CHAINS = 3
+
+
+def write_report(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
+    """Render the report of a run whose other stages are done, and its manifest."""
+    progress = Progress(run_dir.progress("report"), unit="page")
+    path = render_report(run_dir, config)
+    write_manifest(run_dir, "report", {"files": {path.name: file_digest(path)}})
+    progress.update(1, 1, str(path))
+
+
+def render_report(run_dir: RunDir, config: Config) -> Path:
+    """Write `report/report.html` from what there is now; returns its path."""
+    manifests = {
+        stage: read_manifest(run_dir, stage) or {}
+        for stage in ("select", "generate", "dataset", "sft", "evaluate")
+    }
+    seeds = read_seeds(config.seeds.path, config.seeds.limit).seeds
+    evaluation = manifests["evaluate"]
+    curves = {
+        path.parent.name: list(read_metrics(path))
+        for path in sorted(run_dir.policy.glob("member-*/metrics.jsonl"))
+    }
+    parts = [
+        _header(config, manifests),
+        sections.roles_section(config, manifests["generate"]),
+        story.policy_section(manifests["select"], curves),
+        story.generation_section(manifests["generate"]),
+        story.example_chains(run_dir.shard(0), {seed.id: seed for seed in seeds}, _NUM_CHAINS),
+        _dataset_section(manifests["dataset"]),
+        story.lengths_section(seeds, run_dir),
+        sections.diversity_section(evaluation.get("diversity", {})),
+        sections.sft_section(manifests["sft"], list(read_metrics(run_dir.sft / "metrics.jsonl"))),
+        sections.membership_section(evaluation.get("membership", {}), _roc_curves(run_dir)),
+        sections.benchmarks_section(evaluation.get("benchmarks", {})),
+        sections.ledger_section(collect_usage(run_dir)),
+        sections.provenance_section(
+            read_json(run_dir.provenance) if run_dir.provenance.exists() else {}, dump_yaml(config)
+        ),
+    ]
+    write_text(run_dir.report, page.document(f"{config.name}: report", page.join(parts)))
+    return run_dir.report
+
+
+def _roc_curves(run_dir: RunDir) -> dict[str, Any]:
+    path = run_dir.evaluate / "membership.json"
+    if not path.exists():
+        return {}
+    details = read_json(path)
+    return {name: details[name] for name in ("tuned", "base")}
+
+
+def _header(config: Config, manifests: dict[str, Any]) -> page.Html:
+    generate, dataset = manifests["generate"], manifests["dataset"]
+    sft, evaluation = manifests["sft"], manifests["evaluate"]
+    cards = []
+    if generate:
+        counts = generate["counts"]
+        note = f"of {counts['attempted']:,} attempted steps"
+        cards.append(page.card("kept rewrites", f"{counts['kept']:,}", note))
+    if dataset:
+        counts = dataset["counts"]
+        note = f"and {counts['held_out']:,} held out"
+        cards.append(page.card("training pairs", f"{counts['train']:,}", note))
+    if evaluation:
+        queries = evaluation["queries"]
+        note = f"{100 * queries['share_of_wizardlm']:.3f} % of WizardLM's {624_000:,}"
+        cards.append(page.card("expert calls", f"{queries['expert_calls']:,}", note))
+    held_out = sft.get("held_out_loss") or {}
+    if held_out.get("before") is not None:
+        change = f"{held_out['before']:.2f} → {held_out['after']:.2f}"
+        cards.append(page.card("held-out loss", change, f"after {sft['steps']} steps"))
+    if evaluation:
+        found = evaluation["membership"]["tuned"]
+        shown = f"{found['auc']['value']:.2f}" if found["auc"] else "–"
+        note = "0.5 is a blind guess" if found["auc"] else found["note"]
+        cards.append(page.card("membership AUC", shown, note))
+    title = page.join(
+        [
+            page.tag("h1", config.name),
+            page.tag("p", "Instruction-tuning data made with reinforcement learning (TeaMs-RL)."),
+        ]
+    )
+    return page.join([page.tag("header", title), page.tag("div", page.join(cards), "cards")])
+
+
+def _dataset_section(dataset: dict[str, Any]) -> page.Html:
+    if not dataset:
+        return page.Html("")
+    rows = [(name.replace("_", " "), count) for name, count in dataset["counts"].items()]
+    return page.section(
+        "Data set",
+        page.table(("rows", "count"), rows),
+        page.tag(
+            "p",
+            "Every row read is in exactly one of the lines below it: dropped for one reason, held "
+            "out, or used for training.",
+        ),
+    )
