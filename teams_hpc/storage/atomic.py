@@ -3,6 +3,7 @@
 Write under a temporary name on the same file system, fsync, rename, fsync the folder.
 """
 
+import errno
 import json
 import os
 import uuid
@@ -11,7 +12,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from teams_hpc.errors import CorruptFileError
+from teams_hpc.errors import CorruptFileError, WorkError
+
+_DISK_FAULTS = {
+    errno.ENOSPC: "disk full",
+    errno.EDQUOT: "disk quota used up",
+    errno.EFBIG: "file size limit reached",
+    errno.EIO: "the disk failed",
+    errno.EROFS: "file system is read-only",
+}
+
+
+@contextmanager
+def naming_disk_faults(path: Path) -> Iterator[None]:
+    """Turn what a full or failing disk raises into an error that says so.
+
+    Raises:
+        WorkError: Instead of the `OSError`; what was durable before stays.
+    """
+    try:
+        yield
+    except OSError as error:
+        fault = _DISK_FAULTS.get(error.errno or 0)
+        if fault is None:
+            raise
+        raise WorkError(
+            f"{fault} at {path}; nothing half-written is left there: make room and run again"
+        ) from error
 
 
 def fsync_folder(folder: Path) -> None:

@@ -2,17 +2,16 @@
 
 Variable-length strings don't compress in HDF5, so a text column NAME is two arrays: `NAME`, the
 UTF-8 bytes of all rows one after the other, and `NAME_offsets`, where each row starts and the last
-one ends. Everything is chunked and gzip-compressed, readable by any h5py. Files are opened with
-`locking=False`: Lustre and NFS sites need it, and a file here never changes once it has its name.
+one ends. Everything is chunked and gzip-compressed, readable by any h5py with HDF5 1.10 or newer
+(that format has checksums on its own metadata). Files are opened with `locking=False`: Lustre and
+NFS sites need it, and a file here never changes once it has its name.
 """
 
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from enum import IntEnum
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,95 +21,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teams_hpc.errors import CorruptFileError
-from teams_hpc.storage.atomic import publishing, replacing
+from teams_hpc.storage.atomic import naming_disk_faults, publishing, replacing
+from teams_hpc.storage.columns import (
+    ROW_COLUMNS,
+    Column,
+    ColumnWriter,
+    Finish,
+    Status,
+    combined_sha256,
+    hash_texts,
+    little_endian_bytes,
+)
+from teams_hpc.storage.hdf5_file import OutputFile
+
+__all__ = [
+    "ROW_COLUMNS",
+    "SCHEMA_VERSION",
+    "Column",
+    "Finish",
+    "Rows",
+    "Status",
+    "Table",
+    "TableWriter",
+    "combined_sha256",
+]
 
 SCHEMA_VERSION = 1
-TEXT = "text"
 _CHUNK = 1 << 16
-
-
-class Status(IntEnum):
-    """What became of an attempted step."""
-
-    KEPT = 0
-    ELIMINATED = 1
-    FAILED = 2
-
-
-class Finish(IntEnum):
-    """Why a completion ended."""
-
-    NONE = 0
-    STOP = 1
-    LENGTH = 2
-    ERROR = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """Name and type of a column: a numpy type name, or `text`."""
-
-    name: str
-    dtype: str
-
-    @property
-    def is_text(self) -> bool:
-        return self.dtype == TEXT
-
-
-ROW_COLUMNS = (
-    Column("record_id", TEXT),
-    Column("seed_id", TEXT),
-    Column("split", "uint8"),
-    Column("trajectory", "int32"),
-    Column("step", "int32"),
-    Column("parent_id", TEXT),
-    Column("operation", "uint8"),
-    Column("instruction", TEXT),
-    Column("input", TEXT),
-    Column("response", TEXT),
-    Column("verdict_score", "float64"),
-    Column("status", "uint8"),
-    Column("reason", "uint8"),
-    Column("rewrite_finish", "uint8"),
-    Column("answer_finish", "uint8"),
-    Column("prompt_tokens", "int64"),
-    Column("completion_tokens", "int64"),
-    Column("model", TEXT),
-    Column("prompt_hash", TEXT),
-    Column("sampler_seed", "int64"),
-    Column("policy_member", "int32"),
-    Column("added_words", "int32"),
-    Column("detail", TEXT),
-)
-"""One row is one attempted step; see docs/design.md for what each column means."""
+_FLUSH_ROWS = 1 << 16
+_FLUSH_BYTES = 1 << 23
+_VERIFY_ROWS = 1 << 12
 
 Rows = dict[str, list[Any]]
-
-
-def _combine(digests: Mapping[str, str]) -> str:
-    """One SHA-256 over the columns' digests, in column order."""
-    text = "".join(f"{name}\0{digest}\n" for name, digest in digests.items())
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass(slots=True)
-class _ColumnDigest:
-    """SHA-256 of a column's content: for text, of each row's length and bytes."""
-
-    state: Any = field(default_factory=hashlib.sha256)
-
-    def add_text(self, encoded: Sequence[bytes]) -> None:
-        for value in encoded:
-            self.state.update(len(value).to_bytes(8, "little"))
-            self.state.update(value)
-
-    def add_numbers(self, values: NDArray[Any]) -> None:
-        self.state.update(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
+_DAMAGE = (OSError, RuntimeError, KeyError, ValueError, IndexError, TypeError, AttributeError)
 
 
 class TableWriter:
     """Writes one table, appended in pieces; it appears under its name when closed, or not at all.
+
+    Memory is bounded: pieces are collected up to some MiB, then compressed and written.
 
     Args:
         path: The file to make.
@@ -122,61 +71,61 @@ class TableWriter:
     def __init__(
         self, path: Path, columns: Sequence[Column], kind: str, *, first_wins: bool = False
     ) -> None:
-        self._columns = tuple(columns)
+        self._path = path
         self._kind = kind
         self._num_rows = 0
-        self._digests = {column.name: _ColumnDigest() for column in self._columns}
+        self._pending_rows = self._pending_bytes = 0
+        self._writers = [ColumnWriter(column) for column in columns]
         self._stack = ExitStack()
-        commit = publishing if first_wins else replacing
-        temporary = self._stack.enter_context(commit(path))
-        self._file = self._stack.enter_context(h5py.File(temporary, "w", locking=False))
-        for column in self._columns:
-            self._create(column)
-
-    def _create(self, column: Column) -> None:
-        options: dict[str, Any] = {
-            "maxshape": (None,),
-            "chunks": (_CHUNK,),
-            "compression": "gzip",
-            "compression_opts": 4,
-        }
-        dtype = "uint8" if column.is_text else column.dtype
-        self._file.create_dataset(column.name, shape=(0,), dtype=dtype, **options)
-        if column.is_text:
-            name = f"{column.name}_offsets"
-            self._file.create_dataset(name, data=np.zeros(1, "int64"), **options)
+        with naming_disk_faults(path):
+            commit = publishing if first_wins else replacing
+            temporary = self._stack.enter_context(commit(path))
+            self._output = self._stack.enter_context(OutputFile(temporary))
+            file = h5py.File(self._output, "w", libver=("v110", "v110"))
+            self._file = self._stack.enter_context(file)
 
     def append(self, rows: Mapping[str, Sequence[Any]]) -> None:
         """Append rows given as columns of equal length.
 
         Raises:
             ValueError: A column is missing or of another length.
+            WorkError: The disk is full.
         """
-        lengths = {len(rows[column.name]) for column in self._columns}
+        names = [writer.column.name for writer in self._writers]
+        lengths = {len(rows[name]) for name in names}
         if len(lengths) != 1:
             raise ValueError(f"columns of different lengths: {sorted(lengths)}")
-        for column in self._columns:
-            if column.is_text:
-                self._append_text(column.name, rows[column.name])
-            else:
-                values = np.asarray(rows[column.name], dtype=column.dtype)
-                self._digests[column.name].add_numbers(values)
-                self._extend(column.name, values)
-        self._num_rows += lengths.pop()
+        for writer in self._writers:
+            self._pending_bytes += writer.add(rows[writer.column.name])
+        self._pending_rows += lengths.pop()
+        if self._pending_rows >= _FLUSH_ROWS or self._pending_bytes >= _FLUSH_BYTES:
+            self._flush(is_last=False)
 
-    def _append_text(self, name: str, texts: Sequence[str]) -> None:
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-        self._digests[name].add_text(encoded)
-        start = self._file[name].shape[0]
-        lengths = np.array([len(value) for value in encoded], dtype="int64")
-        self._extend(f"{name}_offsets", start + np.cumsum(lengths))
-        self._extend(name, np.frombuffer(b"".join(encoded), dtype="uint8"))
+    def _flush(self, *, is_last: bool) -> None:
+        for writer in self._writers:
+            for name, values in writer.take().items():
+                self._write(name, values, is_last)
+        self._num_rows += self._pending_rows
+        self._pending_rows = self._pending_bytes = 0
+        with naming_disk_faults(self._path):
+            self._output.check()
 
-    def _extend(self, name: str, values: NDArray[Any]) -> None:
-        dataset = self._file[name]
-        start = dataset.shape[0]
-        dataset.resize(start + len(values), axis=0)
-        dataset[start:] = values
+    def _write(self, name: str, values: NDArray[Any], is_last: bool) -> None:
+        if name in self._file:
+            dataset = self._file[name]
+            start = dataset.shape[0]
+            dataset.resize(start + len(values), axis=0)
+            dataset[start:] = values
+            return
+        # One that is written in one go has just the chunk it needs: most units are small.
+        self._file.create_dataset(
+            name,
+            data=values,
+            maxshape=(None,) if not (is_last and len(values)) else None,
+            chunks=(max(1, min(_CHUNK, len(values))),) if is_last else (_CHUNK,),
+            compression="gzip",
+            compression_opts=4,
+        )
 
     def close(self, attrs: Mapping[str, Any]) -> str:
         """Write the attributes and give the file its name.
@@ -186,21 +135,29 @@ class TableWriter:
 
         Returns:
             SHA-256 over the columns.
+
+        Raises:
+            WorkError: The disk is full; nothing is left under the name.
         """
-        digests = {name: digest.state.hexdigest() for name, digest in self._digests.items()}
-        whole = _combine(digests)
+        self._flush(is_last=True)
+        digests = {writer.column.name: writer.state.hexdigest() for writer in self._writers}
+        whole = combined_sha256(digests)
         own = {
             "schema_version": SCHEMA_VERSION,
             "kind": self._kind,
             "num_rows": self._num_rows,
-            "columns": {column.name: column.dtype for column in self._columns},
+            "columns": {writer.column.name: writer.column.dtype for writer in self._writers},
             "column_sha256": digests,
             "sha256": whole,
         }
-        for key, value in {**attrs, **own}.items():
+        everything = {**attrs, **own}
+        for key, value in {**everything, "attrs_sha256": _attrs_sha256(everything)}.items():
             is_plain = isinstance(value, str | int | float)
             self._file.attrs[key] = value if is_plain else json.dumps(value)
-        self._stack.close()
+        with naming_disk_faults(self._path):
+            self._file.close()
+            self._output.check()
+            self._stack.close()
         return whole
 
     def __enter__(self) -> "TableWriter":
@@ -234,10 +191,15 @@ class Table:
         Raises:
             CorruptFileError: It is missing, truncated, or not one of ours.
         """
-        try:
-            return cls(path, h5py.File(path, "r", locking=False))
-        except (OSError, KeyError, ValueError) as error:
-            raise CorruptFileError(f"{path} is not a readable table of ours: {error}") from None
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(h5py.File(path, "r", locking=False))
+                table = cls(path, file)
+                _check_attrs(table.attrs)
+            except _DAMAGE as error:
+                raise CorruptFileError(f"{path} is not a readable table of ours: {error}") from None
+            stack.pop_all()
+        return table
 
     def __enter__(self) -> "Table":
         return self
@@ -245,15 +207,35 @@ class Table:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    @contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except _DAMAGE as error:
+            raise CorruptFileError(f"{self.path} is damaged: {error}") from None
+
     def texts(self, name: str, start: int, stop: int) -> list[str]:
-        """Rows `start` to `stop` of a text column."""
-        return [value.decode("utf-8", "surrogatepass") for value in self._bytes(name, start, stop)]
+        """Rows `start` to `stop` of a text column.
+
+        Raises:
+            CorruptFileError: The file is damaged there.
+        """
+        with self._naming_damage():
+            encoded = self._bytes(name, start, stop)
+            return [value.decode("utf-8", "surrogatepass") for value in encoded]
 
     def _bytes(self, name: str, start: int, stop: int) -> list[bytes]:
+        stop = min(stop, self.num_rows)
         offsets = self._file[f"{name}_offsets"][start : stop + 1]
+        if len(offsets) != max(0, stop + 1 - start):
+            raise ValueError(f"column {name} has too few offsets")
+        if start >= stop:
+            return []
+        size = self._file[name].shape[0]
+        if offsets[0] < 0 or offsets[-1] > size or (np.diff(offsets) < 0).any():
+            raise ValueError(f"column {name} has offsets out of order or range")
         content = self._file[name][offsets[0] : offsets[-1]].tobytes()
-        at = offsets - offsets[0]
-        return [content[a:b] for a, b in itertools.pairwise(at)]
+        return [content[a:b] for a, b in itertools.pairwise((offsets - offsets[0]).tolist())]
 
     def read(self, start: int, stop: int, columns: Sequence[str]) -> Rows:
         """Rows `start` to `stop` as lists by column name.
@@ -262,10 +244,8 @@ class Table:
             CorruptFileError: The file is damaged there.
         """
         stop = min(stop, self.num_rows)
-        try:
+        with self._naming_damage():
             return {name: self._read_column(name, start, stop) for name in columns}
-        except (OSError, KeyError, ValueError, IndexError) as error:
-            raise CorruptFileError(f"{self.path} is damaged: {error}") from None
 
     def _read_column(self, name: str, start: int, stop: int) -> list[Any]:
         if self._by_name[name].is_text:
@@ -280,27 +260,46 @@ class Table:
         for column in self.columns:
             try:
                 digests[column.name] = self._digest(column)
-            except (OSError, KeyError, ValueError, IndexError) as error:
+            except _DAMAGE as error:
                 faults.append(f"{self.path}: column {column.name} can't be read: {error}")
                 continue
             if digests[column.name] != self.attrs["column_sha256"].get(column.name):
                 faults.append(f"{self.path}: column {column.name} does not match its checksum")
-        if not faults and _combine(digests) != self.attrs["sha256"]:
+        if not faults and combined_sha256(digests) != self.attrs["sha256"]:
             faults.append(f"{self.path}: the columns do not match the file's checksum")
         return faults
 
     def _digest(self, column: Column) -> str:
-        digest = _ColumnDigest()
-        for start in range(0, self.num_rows, _CHUNK):
-            stop = min(start + _CHUNK, self.num_rows)
-            if column.is_text:
-                digest.add_text(self._bytes(column.name, start, stop))
-            else:
-                digest.add_numbers(self._file[column.name][start:stop])
-        length = self._file[f"{column.name}_offsets" if column.is_text else column.name].shape[0]
+        state = hashlib.sha256()
+        name = f"{column.name}_offsets" if column.is_text else column.name
+        length = self._file[name].shape[0]
         if length != self.num_rows + column.is_text:
             raise ValueError(f"it has {length} entries for {self.num_rows} rows")
-        return str(digest.state.hexdigest())
+        for start in range(0, self.num_rows, _VERIFY_ROWS):
+            stop = min(start + _VERIFY_ROWS, self.num_rows)
+            if column.is_text:
+                hash_texts(state, self._bytes(column.name, start, stop))
+            else:
+                state.update(little_endian_bytes(self._file[column.name][start:stop]))
+        if column.is_text:
+            first, last = (int(self._file[name][index]) for index in (0, length - 1))
+            size = self._file[column.name].shape[0]
+            if (first, last) != (0, size):
+                raise ValueError(f"its offsets go from {first} to {last} of {size} bytes")
+        return state.hexdigest()
+
+
+def _attrs_sha256(attrs: Mapping[str, Any]) -> str:
+    """HDF5 keeps no checksum of text in attributes, so there is one of our own."""
+    return hashlib.sha256(json.dumps(attrs, sort_keys=True).encode()).hexdigest()
+
+
+def _check_attrs(attrs: Mapping[str, Any]) -> None:
+    if attrs["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"it has schema {attrs['schema_version']}, not {SCHEMA_VERSION}")
+    content = {key: value for key, value in attrs.items() if key != "attrs_sha256"}
+    if _attrs_sha256(content) != attrs["attrs_sha256"]:
+        raise ValueError("its attributes do not match their checksum")
 
 
 def _parse(value: Any) -> Any:
