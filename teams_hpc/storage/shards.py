@@ -3,8 +3,9 @@
 Variable-length strings don't compress in HDF5, so a text column NAME is two arrays: `NAME`, the
 UTF-8 bytes of all rows one after the other, and `NAME_offsets`, where each row starts and the last
 one ends. Everything is chunked and gzip-compressed, readable by any h5py with HDF5 1.10 or newer
-(that format has checksums on its own metadata). Files are opened with `locking=False`: Lustre and
-NFS sites need it, and a file here never changes once it has its name.
+(that format has checksums on its own metadata). Before it stands a user block with a SHA-256 over
+all the rest, so that `verify` finds any flipped bit. Files are opened with `locking=False`: Lustre
+and NFS sites need it, and a file here never changes once it has its name.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ from teams_hpc.storage.columns import (
     hash_texts,
     little_endian_bytes,
 )
-from teams_hpc.storage.hdf5_file import OutputFile
+from teams_hpc.storage.hdf5_file import USER_BLOCK_BYTES, OutputFile, is_sealed
 
 __all__ = [
     "ROW_COLUMNS",
@@ -81,7 +82,9 @@ class TableWriter:
             commit = publishing if first_wins else replacing
             temporary = self._stack.enter_context(commit(path))
             self._output = self._stack.enter_context(OutputFile(temporary))
-            file = h5py.File(self._output, "w", libver=("v110", "v110"))
+            file = h5py.File(
+                self._output, "w", libver=("v110", "v110"), userblock_size=USER_BLOCK_BYTES
+            )
             self._file = self._stack.enter_context(file)
 
     def append(self, rows: Mapping[str, Sequence[Any]]) -> None:
@@ -156,6 +159,7 @@ class TableWriter:
             self._file.attrs[key] = value if is_plain else json.dumps(value)
         with naming_disk_faults(self._path):
             self._file.close()
+            self._output.seal()
             self._output.check()
             self._stack.close()
         return whole
@@ -267,6 +271,8 @@ class Table:
                 faults.append(f"{self.path}: column {column.name} does not match its checksum")
         if not faults and combined_sha256(digests) != self.attrs["sha256"]:
             faults.append(f"{self.path}: the columns do not match the file's checksum")
+        if not faults and not is_sealed(self.path):
+            faults.append(f"{self.path}: the file does not match its checksum")
         return faults
 
     def _digest(self, column: Column) -> str:

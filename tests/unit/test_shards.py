@@ -90,28 +90,21 @@ def test_it_is_readable_with_five_lines_of_plain_h5py(tmp_path: Path) -> None:
     assert rows == sample(10)["text"]
 
 
-def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     path, damaged = tmp_path / "rows.h5", tmp_path / "damaged.h5"
     write(path, sample(300), counts={"attempted": 300})
     original = path.read_bytes()
-    with Table.open(path) as table:
-        attrs, rows = table.attrs, repr(table.read(0, 300, NAMES))
-    found = 0
-    places = range(0, len(original), 29)
-    for place in places:
+    for place in range(0, len(original), 23):
         content = bytearray(original)
         content[place] ^= 1 << (place % 8)
         damaged.write_bytes(content)
         try:
             with Table.open(damaged) as table:
                 faults = table.verify()
-                if not faults:
-                    assert (table.attrs, repr(table.read(0, 300, NAMES))) == (attrs, rows)
         except CorruptFileError as error:
             faults = [str(error)]
+        assert faults, f"byte {place}"
         assert all(str(damaged) in fault for fault in faults)
-        found += bool(faults)
-    assert found > 0.6 * len(places)
 
 
 def test_damage_names_the_column(tmp_path: Path) -> None:
