@@ -39,18 +39,13 @@ class StageProgress:
 
 
 def stage_progress(run_dir: RunDir, stage: str) -> StageProgress | None:
-    """Sum of the progress files of a stage's tasks; None before the first is written.
-
-    Workers that share units each count their own rows out of all, so the total is the largest.
-    """
+    """Sum of the progress files of a stage's tasks; None before the first is written."""
     found = [read_json(path) for path in sorted(run_dir.metrics.glob(f"{stage}*.progress.json"))]
     if not found:
         return None
-    shared = stage == "generate"
-    totals = [float(value["total"]) for value in found]
     return StageProgress(
         done=sum(float(value["done"]) for value in found),
-        total=max(totals) if shared else sum(totals),
+        total=sum(float(value["total"]) for value in found),
         unit=str(found[0]["unit"]),
         rate_per_s=sum(float(value["rate_per_s"]) for value in found),
         message=str(max(found, key=lambda value: value["updated"])["message"]),

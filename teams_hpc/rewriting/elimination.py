@@ -32,9 +32,7 @@ REASONS = tuple(Reason)
 
 # Function words of English; an answer of these alone says nothing.
 _STOP_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        """
+    """
         a about above after again all also am an and any are as at be because been before being
         below between both but by can could did do does doing down during each few for from
         further had has have having he her here hers herself him himself his how i if in into is
@@ -43,8 +41,7 @@ _STOP_WORDS = frozenset(
         themselves then there these they this those through to too under until up very was we were
         what when where which while who whom why will with would you your yours yourself
         yourselves
-        """,
-    )
+    """.split()
 )
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 

@@ -160,8 +160,13 @@ def added_words(before: str, after: str) -> int:
     return sum((new - old).values())
 
 
+def has_length_rule(operation: Operation) -> bool:
+    """Whether the operation should add 10 to 20 words."""
+    return operation not in (Operation.COMPLICATE_INPUT, Operation.BREADTH)
+
+
 def keeps_length_rule(operation: Operation, before: str, after: str) -> bool | None:
     """Whether 10 to 20 words were added; None for operations without that rule."""
-    if operation in (Operation.COMPLICATE_INPUT, Operation.BREADTH):
+    if not has_length_rule(operation):
         return None
     return FEWEST_ADDED_WORDS <= added_words(before, after) <= MOST_ADDED_WORDS
