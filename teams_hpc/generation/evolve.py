@@ -1,0 +1,249 @@
+"""The state machine of one chain: what it wants next, what it does with the reply, its rows.
+
+    choose an operation -> rewrite -> checks -> verdict -> [answer -> checks] -> next step
+
+An eliminated or failed step leaves the parent as it was. Nothing in here does I/O or knows of other
+chains: every choice and every sampler seed is keyed by the record's id.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from teams_hpc.config.schema import GenerateConfig
+from teams_hpc.generation.plan import ChainKey
+from teams_hpc.llm.base import Completion, Request
+from teams_hpc.rewriting.elimination import (
+    REASONS,
+    Reason,
+    check_answer,
+    check_rewrite,
+    check_verdict,
+)
+from teams_hpc.rewriting.identity import keyed_seed, keyed_uniform, record_id
+from teams_hpc.rewriting.observation import History, ObservationKind, observe
+from teams_hpc.rewriting.operation_policy import OperationPolicy, choose
+from teams_hpc.rewriting.operations import (
+    OPERATIONS,
+    added_words,
+    answer_request,
+    carried_input,
+    clean_rewrite,
+    prompt_hash,
+    rewrite_request,
+)
+from teams_hpc.rewriting.reviewer import Pair, Verdict
+from teams_hpc.rewriting.splits import SPLITS
+from teams_hpc.storage.shards import Finish, Status
+
+Row = dict[str, Any]
+Want = Literal["rewrite", "verdict", "answer", "nothing"]
+
+_FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "error": Finish.ERROR}
+
+
+def call_key(record: str, purpose: str, attempt: int = 0) -> str:
+    """Identity of one call: what it is for, in which step, and which try it is."""
+    return f"{record}/{purpose}/{attempt}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steering:
+    """What all chains of a run share.
+
+    Attributes:
+        run_seed: Keys every random number.
+        settings: `generate` of the configuration.
+        policy: Chooses operations.
+        member: Number of the policy member, -1 for a baseline.
+        observation: What the policy sees.
+        episode_length: Scale of the observation, as in training.
+        expert: Content id of the expert.
+    """
+
+    run_seed: int
+    settings: GenerateConfig
+    policy: OperationPolicy
+    member: int
+    observation: ObservationKind
+    episode_length: int
+    expert: str
+
+
+@dataclass(slots=True)
+class Chain:
+    """One chain in the making; `wants` says what it needs to go on."""
+
+    key: ChainKey
+    steering: Steering
+    wants: Want = "nothing"
+    rows: list[Row] = field(default_factory=list)
+    _instruction: str = ""
+    _input: str = ""
+    _parent_id: str = ""
+    _history: History = field(default_factory=History.start)
+    _row: Row = field(default_factory=dict)
+    _rewrite: str = ""
+    _is_last_answer: bool = False
+
+    def __post_init__(self) -> None:
+        self._instruction = self.key.seed.instruction
+        self._input = self.key.seed.input
+        self._begin_step()
+
+    @property
+    def record_id(self) -> str:
+        """Id of the step in the making."""
+        return str(self._row["record_id"])
+
+    def request(self) -> Request:
+        """The request it wants answered: a rewrite or an answer."""
+        seed = keyed_seed(self.record_id, self.wants)
+        request_id = call_key(self.record_id, self.wants)
+        if self.wants == "rewrite":
+            request = rewrite_request(
+                OPERATIONS[self._row["operation"]],
+                self._instruction,
+                self._input,
+                request_id=request_id,
+                seed=seed,
+            )
+            self._row |= {"prompt_hash": prompt_hash(request), "sampler_seed": seed}
+            return request
+        return answer_request(
+            self._row["instruction"], self._row["input"], request_id=request_id, seed=seed
+        )
+
+    def pair(self) -> Pair:
+        """The comparison it wants judged."""
+        return Pair(
+            before=self._instruction,
+            before_input=self._input,
+            after=self._row["instruction"],
+            after_input=self._row["input"],
+            seed=keyed_seed(self.record_id, "verdict"),
+            request_id=call_key(self.record_id, "verdict"),
+        )
+
+    def take_completion(self, completion: Completion) -> None:
+        """Go on with the reply to `request`."""
+        self._row["prompt_tokens"] += completion.prompt_tokens
+        self._row["completion_tokens"] += completion.completion_tokens
+        if completion.finish_reason == "error":
+            self._row["detail"] = completion.error
+        if self.wants == "rewrite":
+            self._take_rewrite(completion)
+        else:
+            self._take_answer(completion)
+
+    def take_verdict(self, verdict: Verdict) -> None:
+        """Go on with the reviewer's verdict."""
+        self._row["verdict_score"] = verdict.p_not_equal
+        if not verdict.is_parsed:
+            self._row["detail"] = "the reviewer's answer was neither option"
+        reason = check_verdict(verdict.p_not_equal, self.steering.settings.equal_threshold)
+        if reason is not Reason.NONE:
+            self._end_step(reason)
+        elif self.steering.settings.answer == "every":
+            self.wants = "answer"
+        else:
+            self._end_step(Reason.NONE)
+
+    def _begin_step(self) -> None:
+        steering, step = self.steering, self._history.step
+        seed = self.key.seed
+        record = record_id(
+            steering.run_seed, seed.instruction, seed.input, self.key.trajectory, step
+        )
+        observation = observe(
+            steering.observation,
+            self._instruction,
+            self._input,
+            self._history,
+            steering.episode_length,
+        )
+        operation = choose(
+            steering.policy.probabilities(observation, self._history),
+            keyed_uniform(record, "operation"),
+            steering.settings.action,
+        )
+        self._row = {
+            "record_id": record,
+            "seed_id": seed.id,
+            "split": SPLITS.index(self.key.split),
+            "trajectory": self.key.trajectory,
+            "step": step,
+            "parent_id": self._parent_id,
+            "operation": operation,
+            "instruction": "",
+            "input": "",
+            "response": "",
+            "verdict_score": math.nan,
+            "status": Status.FAILED,
+            "reason": REASONS.index(Reason.NONE),
+            "rewrite_finish": Finish.NONE,
+            "answer_finish": Finish.NONE,
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+            "model": steering.expert,
+            "prompt_hash": "",
+            "sampler_seed": 0,
+            "policy_member": steering.member,
+            "added_words": 0,
+            "detail": "",
+        }
+        self.wants = "rewrite"
+
+    def _take_rewrite(self, completion: Completion) -> None:
+        operation = OPERATIONS[self._row["operation"]]
+        settings = self.steering.settings
+        text = clean_rewrite(completion.text)
+        self._row |= {
+            "instruction": text,
+            "input": carried_input(operation, self._input),
+            "rewrite_finish": _FINISH[completion.finish_reason],
+            "added_words": added_words(self._instruction, text),
+        }
+        reason = check_rewrite(
+            operation,
+            self._instruction,
+            text,
+            completion,
+            max_words=settings.max_words,
+            enforce_added_words=settings.enforce_added_words,
+        )
+        if reason is Reason.NONE:
+            self.wants = "verdict"
+        else:
+            self._end_step(reason)
+
+    def _take_answer(self, completion: Completion) -> None:
+        self._row["response"] = completion.text.strip()
+        self._row["answer_finish"] = _FINISH[completion.finish_reason]
+        self._end_step(check_answer(completion))
+
+    def _end_step(self, reason: Reason) -> None:
+        statuses = {Reason.NONE: Status.KEPT, Reason.ENGINE_ERROR: Status.FAILED}
+        self._row["status"] = statuses.get(reason, Status.ELIMINATED)
+        self._row["reason"] = REASONS.index(reason)
+        if self._is_last_answer:
+            self.wants = "nothing"
+            return
+        self.rows.append(self._row)
+        if reason is Reason.NONE:
+            self._instruction, self._input = self._row["instruction"], self._row["input"]
+            self._parent_id = self._row["record_id"]
+        self._history = self._history.after(self._row["operation"])
+        if self._history.step < self.steering.settings.num_steps:
+            self._begin_step()
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        """With `answer: last`, the last kept instruction is answered now."""
+        self.wants = "nothing"
+        kept = [row for row in self.rows if row["status"] == Status.KEPT]
+        if self.steering.settings.answer == "last" and kept:
+            self._row = kept[-1]
+            self._is_last_answer = True
+            self.wants = "answer"

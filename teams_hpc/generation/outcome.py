@@ -1,0 +1,188 @@
+"""From rows to files: publishing a unit, and declaring the stage done."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from teams_hpc.config.digest import file_digest
+from teams_hpc.errors import CorruptFileError, WorkError
+from teams_hpc.generation.evolve import Row
+from teams_hpc.generation.plan import Plan
+from teams_hpc.generation.unit_log import UnitLog
+from teams_hpc.generation.usage import generation_usage
+from teams_hpc.llm.base import Engine
+from teams_hpc.rewriting.elimination import REASONS, Reason
+from teams_hpc.rewriting.operations import (
+    FEWEST_ADDED_WORDS,
+    MOST_ADDED_WORDS,
+    OPERATIONS,
+    has_length_rule,
+)
+from teams_hpc.storage.run_dir import RunDir, write_manifest
+from teams_hpc.storage.shards import (
+    ROW_COLUMNS,
+    Finish,
+    Status,
+    Table,
+    TableWriter,
+    combined_sha256,
+)
+
+Counts = dict[str, Any]
+_NOT_ELIMINATED = {Reason.NONE, Reason.ENGINE_ERROR}
+
+
+def count_rows(rows: Sequence[Row]) -> Counts:
+    """Attempted = kept + eliminated by reason + failed."""
+    statuses = Counter(row["status"] for row in rows)
+    reasons = Counter(REASONS[row["reason"]] for row in rows if row["status"] == Status.ELIMINATED)
+    counts = {
+        "attempted": len(rows),
+        "kept": statuses[Status.KEPT],
+        "eliminated": {
+            str(reason): reasons[reason] for reason in REASONS if reason not in _NOT_ELIMINATED
+        },
+        "failed": statuses[Status.FAILED],
+    }
+    check_balance(counts, "a unit")
+    return counts
+
+
+def check_balance(counts: Counts, what: str) -> None:
+    """Every attempted step was kept, eliminated or failed.
+
+    Raises:
+        CorruptFileError: It doesn't add up.
+    """
+    total = counts["kept"] + sum(counts["eliminated"].values()) + counts["failed"]
+    if counts["attempted"] != total:
+        raise CorruptFileError(f"rows of {what} do not balance: {counts}")
+
+
+def count_length_rule(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """By operation: rewrites that came back whole, and how many added 10 to 20 words."""
+    found = {
+        str(name): {"judged": 0, "kept_rule": 0} for name in OPERATIONS if has_length_rule(name)
+    }
+    for row in rows:
+        line = found.get(str(OPERATIONS[row["operation"]]))
+        if line is not None and row["rewrite_finish"] == Finish.STOP:
+            line["judged"] += 1
+            line["kept_rule"] += FEWEST_ADDED_WORDS <= row["added_words"] <= MOST_ADDED_WORDS
+    return found
+
+
+def describe_engine(engine: Engine) -> dict[str, Any]:
+    """What reports say of an engine."""
+    return {
+        "content_id": engine.content_id,
+        "is_model": engine.is_model,
+        "exactness": engine.exactness,
+    }
+
+
+def publish_unit(
+    run_dir: RunDir, log: UnitLog, rows: Sequence[Row], engines: Mapping[str, Any]
+) -> Counts:
+    """Give a finished unit its file, with counts and usage; then its journals go.
+
+    If another process has published the unit already, this one's file is discarded. Only journals
+    that the published file counts are removed.
+
+    Args:
+        run_dir: The run.
+        log: The unit's journals, flushed.
+        rows: In chain order, then by step.
+        engines: `describe_engine` by role.
+
+    Returns:
+        Counts of the rows.
+
+    Raises:
+        WorkError: The disk is full.
+    """
+    counts = count_rows(rows)
+    path = run_dir.shard(log.unit)
+    attrs = {
+        "unit": log.unit,
+        "digest": log.digest,
+        "counts": counts,
+        "length_rule": count_length_rule(rows),
+        "engines": dict(engines),
+        "usage": log.usage().to_json(),
+        "journals": log.file_names,
+    }
+    columns = {column.name: [row[column.name] for row in rows] for column in ROW_COLUMNS}
+    with TableWriter(path, ROW_COLUMNS, "unit", first_wins=True) as writer:
+        writer.append(columns)
+        writer.close(attrs)
+    log.close()
+    with Table.open(path) as table:
+        for name in table.attrs["journals"]:
+            (run_dir.journal / name).unlink(missing_ok=True)
+    return counts
+
+
+def _add(total: Counts, more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, Mapping):
+            _add(total.setdefault(key, {}), value)
+        else:
+            total[key] = total.get(key, 0) + value
+
+
+def _refuse_empty(run_dir: RunDir, counts: Counts) -> None:
+    if counts["kept"]:
+        return
+    with Table.open(run_dir.shard(0)) as table:
+        details = [text for text in table.texts("detail", 0, table.num_rows) if text]
+    first = f"; the first says: {details[0][:200]}" if details else ""
+    eliminated = {reason: count for reason, count in counts["eliminated"].items() if count}
+    raise WorkError(
+        f"not one of {counts['attempted']} rewrites was kept: {counts['failed']} failed, "
+        f"eliminated {eliminated}{first}. Look at some with `teams-hpc inspect "
+        f"{run_dir.shard(0)}`, set that right, and run again with --rerun-from generate"
+    )
+
+
+def write_outcome(run_dir: RunDir, plan: Plan, digest: str) -> Counts:
+    """Write the stage's manifest from the published units.
+
+    Returns:
+        Counts of all rows.
+
+    Raises:
+        WorkError: Not one row was kept.
+        CorruptFileError: A unit is damaged or doesn't belong here.
+    """
+    counts: Counts = {}
+    length_rule: Counts = {}
+    units: dict[str, str] = {}
+    engines: dict[str, dict[str, Any]] = {}
+    for unit in range(plan.num_units):
+        path = run_dir.shard(unit)
+        with Table.open(path) as table:
+            attrs = table.attrs
+        if attrs["digest"] != digest or attrs["num_rows"] != plan.num_rows_of(unit):
+            raise CorruptFileError(
+                f"{path} is not unit {unit} of this plan; run again with --rerun-from generate"
+            )
+        check_balance(attrs["counts"], str(path))
+        _add(counts, attrs["counts"])
+        _add(length_rule, attrs["length_rule"])
+        units[path.name] = attrs["sha256"]
+        engines = attrs["engines"]
+    _refuse_empty(run_dir, counts)
+    is_exact = all(engine["exactness"] == "exact" for engine in engines.values())
+    content = {
+        "counts": counts,
+        "length_rule": length_rule,
+        "units": units,
+        "sha256": combined_sha256(units),
+        "exactness": "exact" if is_exact else "statistical",
+        "engines": engines,
+        "files": {run_dir.plan.name: file_digest(run_dir.plan)},
+        "usage": generation_usage(run_dir).to_json(),
+    }
+    write_manifest(run_dir, "generate", content)
+    return counts

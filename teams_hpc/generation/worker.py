@@ -1,0 +1,308 @@
+"""The stage `generate`: workers share the units of the plan until all are published."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, cast, get_args
+
+from teams_hpc.config import Config
+from teams_hpc.errors import BudgetError, CorruptFileError, EngineError
+from teams_hpc.generation.budget import Budget
+from teams_hpc.generation.calls import CallDigests, Calls, ClaimLost, fixed_batch_size
+from teams_hpc.generation.evolve import Chain, Steering
+from teams_hpc.generation.outcome import Counts, describe_engine, publish_unit, write_outcome
+from teams_hpc.generation.plan import Plan, settle_plan
+from teams_hpc.generation.unit import UnitRunner
+from teams_hpc.generation.unit_log import UnitLog
+from teams_hpc.llm.base import Engine
+from teams_hpc.llm.ledger import Ledger
+from teams_hpc.llm.load import load_engines
+from teams_hpc.rewriting.observation import ObservationKind
+from teams_hpc.rewriting.operation_policy import (
+    MlpPolicy,
+    OperationPolicy,
+    RoundRobinPolicy,
+    UniformPolicy,
+)
+from teams_hpc.rewriting.reviewer import Reviewer
+from teams_hpc.runtime.metrics import Progress
+from teams_hpc.runtime.preemption import StopFlag
+from teams_hpc.storage.atomic import naming_disk_faults, read_json, remove_leftovers
+from teams_hpc.storage.journal import journal_paths
+from teams_hpc.storage.lease import Lease
+from teams_hpc.storage.run_dir import RunDir, read_manifest
+
+_log = logging.getLogger(__name__)
+_POLL_S = 0.2
+_ENGINE_IS_DOWN_ROWS = 16
+"""So many rows without one reply, when none ever came, mean that the engine is down."""
+
+
+def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
+    """Work on units until all are published, by whichever worker.
+
+    Args:
+        run_dir: The run.
+        config: Its configuration.
+        index: Number of this worker; workers start at different units.
+        stop: Looked at between batches of calls.
+
+    Raises:
+        BudgetError: No unit fits into `budget.max_expert_calls` any more.
+        WorkError: The expert answered nothing, no row was kept, or the disk is full.
+        StopRequested: Asked to stop; all that was received is durable.
+    """
+    if read_manifest(run_dir, "generate") is not None:
+        return
+    with naming_disk_faults(run_dir.generate):
+        plan = settle_plan(run_dir, config)
+        worker = _Worker(run_dir, config, plan, stop)
+        worker.work(first=index * plan.num_units // config.site.num_workers % plan.num_units)
+        worker.finish()
+
+
+def _load_policy(run_dir: RunDir, config: Config) -> tuple[OperationPolicy, int]:
+    """The policy that chooses operations, and the number of its member (-1: a baseline)."""
+    if config.generate.policy == "uniform":
+        return UniformPolicy(), -1
+    if config.generate.policy == "round_robin":
+        return RoundRobinPolicy(), -1
+    policy = MlpPolicy.load(run_dir.selected_policy)
+    return policy, int(policy.metadata["member"])
+
+
+def _observation_kind(run_dir: RunDir, policy: OperationPolicy) -> ObservationKind:
+    if not isinstance(policy, MlpPolicy):
+        return "one_hot"  # the baselines don't look
+    for kind in get_args(ObservationKind):
+        if kind == policy.observation_kind:
+            return cast(ObservationKind, kind)
+    raise CorruptFileError(
+        f"{run_dir.selected_policy} takes the observation {policy.observation_kind!r}, which this "
+        "version doesn't know; run again with --rerun-from policy"
+    )
+
+
+@dataclass(slots=True)
+class _Equipment:
+    """What a worker needs to run units; loaded only once there is one to run."""
+
+    expert: Engine
+    reviewer: Engine
+    steering: Steering
+    digests: CallDigests
+
+    @classmethod
+    def load(cls, run_dir: RunDir, config: Config) -> "_Equipment":
+        policy, member = _load_policy(run_dir, config)
+        expert, reviewer = load_engines(config.expert, config.reviewer)
+        steering = Steering(
+            run_seed=config.seed,
+            settings=config.generate,
+            policy=policy,
+            member=member,
+            observation=_observation_kind(run_dir, policy),
+            episode_length=config.policy.episode_length,
+            expert=expert.content_id,
+        )
+        judge = Reviewer(reviewer, config.reviewer.verdict, Ledger())
+        digests = CallDigests.make(expert, config.expert, judge, config.reviewer)
+        return cls(expert, reviewer, steering, digests)
+
+    def engines(self) -> dict[str, dict[str, object]]:
+        return {
+            "expert": describe_engine(self.expert),
+            "reviewer": describe_engine(self.reviewer),
+        }
+
+
+@dataclass(slots=True)
+class _Worker:
+    run_dir: RunDir
+    config: Config
+    plan: Plan
+    stop: StopFlag
+    _equipment: _Equipment | None = None
+    _leases: dict[int, Lease] = field(default_factory=dict)
+    _has_success: bool = False
+    _budget: Budget = field(init=False)
+    _progress: Progress = field(init=False)
+    _digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        site = self.config.site
+        self._budget = Budget(self.run_dir, self.config.budget.max_expert_calls, site.lease_s)
+        # All workers count the rows of the whole stage, so one file speaks for all.
+        self._progress = Progress(self.run_dir.progress("generate"), unit="rows")
+        self._digest = read_json(self.run_dir.inputs("generate"))["digest"]
+
+    def work(self, first: int) -> None:
+        """Take units, starting at `first`, until all are published."""
+        for folder in (self.run_dir.journal, self.run_dir.shards):
+            folder.mkdir(parents=True, exist_ok=True)
+        while open_units := list(self._open_units(first)):
+            self._budget.room = None
+            self._budget.has_released = False
+            outcomes = {self._try(unit) for unit in open_units}
+            if "done" in outcomes or self._budget.has_released:
+                continue
+            if "busy" not in outcomes:
+                raise self._budget_error()
+            self._check_stop()
+            time.sleep(_POLL_S)
+
+    def _open_units(self, first: int = 0) -> Iterator[int]:
+        count = self.plan.num_units
+        for offset in range(count):
+            unit = (first + offset) % count
+            if not self.run_dir.shard(unit).exists():
+                yield unit
+
+    def _published(self) -> list[int]:
+        missing = set(self._open_units())
+        return [unit for unit in range(self.plan.num_units) if unit not in missing]
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set:
+            done = len(self._published())
+            self.stop.raise_if_set(f"{done} of {self.plan.num_units} units")
+
+    def _try(self, unit: int) -> Literal["done", "busy", "too dear"]:
+        """Run one unit if it is free and fits into the budget."""
+        self._check_stop()
+        if self.run_dir.shard(unit).exists():
+            return "done"
+        room = self._budget.room
+        if room is not None and self._is_untouched(unit) and self._worst_case(unit) > room:
+            return "too dear"
+        # A lease remembers since when a foreign holder is silent, so it is kept between tries.
+        site = self.config.site
+        path = self.run_dir.leases / f"unit-{unit:05d}"
+        with self._leases.setdefault(unit, Lease(path, site.lease_s)) as lease:
+            if not lease.acquire():
+                return "busy"
+            del self._leases[unit]
+            if self.run_dir.shard(unit).exists():
+                return "done"
+            return self._claimed(unit, lease)
+
+    def _claimed(self, unit: int, lease: Lease) -> Literal["done", "busy", "too dear"]:
+        equipment = self._equip()
+        engines = equipment.engines()
+        log = UnitLog(
+            self.run_dir.journal,
+            unit,
+            self._digest,
+            {role: str(engine["content_id"]) for role, engine in engines.items()},
+        )
+        needed = self._worst_case(unit) - log.num_durable_expert_calls
+        if not self._budget.reserve(unit, needed):
+            return "too dear"
+        try:
+            counts = self._run(log, lease, equipment)
+        except ClaimLost:
+            _log.warning("unit %d was taken over by another process", unit)
+            return "busy"
+        finally:
+            log.close()
+            if lease.is_held():
+                self._budget.give_back(unit)
+        _log.info("unit %d: %d rows, %d kept", unit, counts["attempted"], counts["kept"])
+        self.show_progress(counts)
+        return "done"
+
+    def _equip(self) -> _Equipment:
+        if self._equipment is None:
+            self._equipment = _Equipment.load(self.run_dir, self.config)
+        return self._equipment
+
+    def _is_untouched(self, unit: int) -> bool:
+        return not self._budget.has_trace(unit) and not journal_paths(self.run_dir.journal, unit)
+
+    def _worst_case(self, unit: int) -> int:
+        """Expert calls the unit needs at most, none of them durable yet."""
+        steps = self.plan.num_steps
+        num_chains = self.plan.num_rows_of(unit) // steps
+        return num_chains * (2 * steps if self.config.generate.answer == "every" else steps + 1)
+
+    def _run(self, log: UnitLog, lease: Lease, equipment: _Equipment) -> Counts:
+        def check_claim() -> None:
+            if not (log.is_there and lease.is_held()):
+                raise ClaimLost
+
+        chains = [Chain(key, equipment.steering) for key in self.plan.chains_of(log.unit)]
+        calls = Calls(
+            log=log,
+            expert=equipment.expert,
+            reviewer=Reviewer(equipment.reviewer, self.config.reviewer.verdict, Ledger()),
+            digests=equipment.digests,
+            batch_size=fixed_batch_size(self.config.expert),
+            check_claim=check_claim,
+        )
+        where = f"part of unit {log.unit} of {self.plan.num_units}"
+        UnitRunner(chains=chains, calls=calls, stop=self.stop, what=where).run()
+        rows = [row for chain in chains for row in chain.rows]
+        self._refuse_dead_engine(log.unit, rows)
+        check_claim()
+        return publish_unit(self.run_dir, log, rows, equipment.engines())
+
+    def _refuse_dead_engine(self, unit: int, rows: list[dict[str, object]]) -> None:
+        """Stop early, with nothing published, if the expert has never answered anything.
+
+        Raises:
+            EngineError: Says what the engine said.
+        """
+        self._has_success |= any(row["completion_tokens"] for row in rows)
+        if self._has_success or len(rows) < _ENGINE_IS_DOWN_ROWS or self._published():
+            return
+        raise EngineError(
+            f"the expert answered nothing in unit {unit}, the first ({len(rows)} rows): "
+            f"{rows[0]['detail'] or 'no reason given'}; set that right and run again"
+        )
+
+    def show_progress(self, counts: Counts) -> None:
+        """Count the rows published by all workers; say how many of `counts` were kept."""
+        done = sum(self.plan.num_rows_of(unit) for unit in self._published())
+        kept = f"kept {100 * counts['kept'] / max(1, counts['attempted']):.0f} %"
+        self._progress.update(done, self.plan.num_rows, kept)
+
+    def finish(self) -> None:
+        """Write the manifest, unless another worker has; then clear away what is left over."""
+        with Lease(self.run_dir.leases / "generate-finish", self.config.site.lease_s) as lease:
+            while not lease.acquire():
+                self._check_stop()
+                time.sleep(_POLL_S)
+            if read_manifest(self.run_dir, "generate") is not None:
+                return
+            counts = write_outcome(self.run_dir, self.plan, self._digest)
+            self.show_progress(counts)
+            self._clear()
+
+    def _clear(self) -> None:
+        """Remove what killed processes left behind; all units are published."""
+        for path in journal_paths(self.run_dir.journal):
+            path.unlink(missing_ok=True)
+        for unit in range(self.plan.num_units):
+            self._budget.give_back(unit)
+        for path in self.run_dir.leases.glob("unit-*"):
+            lease = Lease(path, self.config.site.lease_s)
+            if lease.acquire():  # its holder is gone
+                lease.release()
+        for folder in (self.run_dir.generate, self.run_dir.shards):
+            remove_leftovers(folder)
+        for path in self.run_dir.leases.glob(".*unit-*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def _budget_error(self) -> BudgetError:
+        published = self._published()
+        rows = sum(self.plan.num_rows_of(unit) for unit in published)
+        spent = self._budget.spent()
+        rest = [self._worst_case(unit) for unit in self._open_units()]
+        return BudgetError(
+            f"stopped at the budget: {len(published)} of {self.plan.num_units} units ({rows} of "
+            f"{self.plan.num_rows} rows) are done with {spent} expert calls, and the next may need "
+            f"{min(rest, default=0)}; set budget.max_expert_calls to at least "
+            f"{spent + min(rest, default=0)} (it is {self._budget.limit}; "
+            f"{spent + sum(rest)} is surely enough) and run again"
+        )
