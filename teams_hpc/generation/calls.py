@@ -14,7 +14,7 @@ and what is asked anew may be batched otherwise.
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from teams_hpc.config.schema import EngineConfig, ReviewerConfig, TransformersEngineConfig
@@ -27,6 +27,7 @@ from teams_hpc.rewriting.reviewer import Pair, Reviewer, Verdict
 from teams_hpc.storage.journal import Batch, Result, Tokens
 
 _DIGEST_BYTES = 16
+_COMPLETION_VALUES = tuple(one.name for one in fields(Completion) if one.name != "id")
 
 
 class ClaimLost(Exception):
@@ -144,8 +145,8 @@ class Calls:
         for completion in completions:
             self._in_flight.discard(completion.id)
             digest = self.digests.of_request(self._pending.pop(completion.id))
-            value = asdict(completion)
-            results.append(Result(key=value.pop("id"), digest=digest, value=value))
+            value = {name: getattr(completion, name) for name in _COMPLETION_VALUES}
+            results.append(Result(key=completion.id, digest=digest, value=value))
         tokens = Tokens(
             calls=len(completions),
             prompt_tokens=sum(completion.prompt_tokens for completion in completions),

@@ -13,6 +13,7 @@ from teams_hpc.generation.calls import CallDigests, Calls, ClaimLost, fixed_batc
 from teams_hpc.generation.evolve import Chain, Steering
 from teams_hpc.generation.outcome import Counts, describe_engine, publish_unit, write_outcome
 from teams_hpc.generation.plan import Plan, settle_plan
+from teams_hpc.generation.shared_engine import share_engine
 from teams_hpc.generation.unit import UnitRunner
 from teams_hpc.generation.unit_log import UnitLog
 from teams_hpc.llm.base import Engine
@@ -97,6 +98,8 @@ class _Equipment:
     def load(cls, run_dir: RunDir, config: Config) -> "_Equipment":
         policy, member = _load_policy(run_dir, config)
         expert, reviewer = load_engines(config.expert, config.reviewer)
+        if expert is reviewer and config.reviewer.verdict == "generated":
+            expert, reviewer = share_engine(expert)
         steering = Steering(
             run_seed=config.seed,
             settings=config.generate,
