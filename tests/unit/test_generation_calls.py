@@ -1,0 +1,325 @@
+"""Calls through the journal: nothing durable is asked twice, wherever the work is cut off."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from teams_hpc.config.schema import GenerateConfig, TemplateEngineConfig, TemplateReviewerConfig
+from teams_hpc.errors import CorruptFileError, StopRequested, WorkError
+from teams_hpc.generation.calls import CallDigests, Calls, ClaimLost
+from teams_hpc.generation.evolve import Chain, Row, Steering
+from teams_hpc.generation.plan import ChainKey
+from teams_hpc.generation.shared_engine import share_engine
+from teams_hpc.generation.unit import UnitRunner
+from teams_hpc.generation.unit_log import UnitLog
+from teams_hpc.llm.base import Completion, Engine, Exactness, Request, Score, ScoreRequest
+from teams_hpc.llm.ledger import Ledger
+from teams_hpc.rewriting.operation_policy import UniformPolicy
+from teams_hpc.rewriting.reviewer import Reviewer
+from teams_hpc.rewriting.seeds import Seed
+from teams_hpc.runtime.preemption import StopFlag
+from teams_hpc.storage.journal import Batch, journal_paths, read_journal
+
+SEEDS = [Seed(f"Tell me about the number {number}.") for number in range(7)]
+STEPS = 3
+
+
+@dataclass(slots=True)
+class Stub:
+    """Answers by hash; at each step a few of the oldest requests come back, or all.
+
+    Attributes:
+        batch: Most completions of one step.
+        asked: Ids, in order.
+        batches: Ids of each step.
+    """
+
+    batch: int = 3
+    is_down: bool = False
+    asked: list[str] = field(default_factory=list)
+    batches: list[tuple[str, ...]] = field(default_factory=list)
+    _pending: list[Request] = field(default_factory=list)
+    content_id: str = "stub"
+    exactness: Exactness = "exact"
+    is_model: bool = True
+
+    @property
+    def num_pending(self) -> int:
+        return len(self._pending)
+
+    def add(self, request: Request) -> None:
+        self.asked.append(request.id)
+        self._pending.append(request)
+
+    def step(self) -> list[Completion]:
+        done, self._pending = self._pending[: self.batch], self._pending[self.batch :]
+        self.batches.append(tuple(request.id for request in done))
+        return [self._complete(request) for request in done]
+
+    def _complete(self, request: Request) -> Completion:
+        number = int(hashlib.sha256(f"{request.seed}{request.messages}".encode()).hexdigest(), 16)
+        if request.task.kind == "judge":
+            text = "Equal" if number % 4 == 0 else "Not Equal"
+        else:
+            text = "sorry" if number % 9 == 0 else f"Words about {number % 10**9}"
+        is_error = self.is_down or number % 11 == 0
+        return Completion(
+            id=request.id,
+            text="" if is_error else text,
+            finish_reason="error" if is_error else "stop",
+            prompt_tokens=4,
+            completion_tokens=0 if is_error else 2,
+            error="down" if is_error else "",
+        )
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        raise AssertionError("verdicts are generated here")
+
+    def close(self) -> None:
+        pass
+
+
+class Killed(Exception):
+    pass
+
+
+@dataclass(slots=True)
+class MortalLog(UnitLog):
+    """Dies at a commit, either before or after it became durable."""
+
+    left: int = 10**9
+    dies_after: bool = False
+
+    def commit(self, batch: Batch | None, intents: Mapping[str, Sequence[str]]) -> None:
+        self.left -= 1
+        if self.left == 0 and not self.dies_after:
+            raise Killed
+        UnitLog.commit(self, batch, intents)
+        if self.left == 0:
+            raise Killed
+
+
+def make_chains() -> list[Chain]:
+    steering = Steering(
+        run_seed=1,
+        settings=GenerateConfig(policy="uniform", num_steps=STEPS),
+        policy=UniformPolicy(),
+        member=-1,
+        observation="one_hot",
+        episode_length=6,
+        expert="stub",
+    )
+    keys = [ChainKey(seed=seed, split="policy_train", trajectory=0) for seed in SEEDS]
+    return [Chain(key, steering) for key in keys]
+
+
+def run(
+    folder: Path,
+    expert: Engine,
+    judge: Engine,
+    *,
+    batch_size: int | None = None,
+    left: int = 10**9,
+    dies_after: bool = False,
+    stop: StopFlag | None = None,
+    temperature: float = 0.7,
+    claim: Callable[[], None] = lambda: None,
+) -> tuple[list[Row], UnitLog]:
+    models = {"expert": "stub", "reviewer": "stub"}
+    log = MortalLog(folder, 0, "digest", models, left=left, dies_after=dies_after)
+    reviewer = Reviewer(judge, "generated", Ledger())
+    digests = CallDigests.make(
+        expert,
+        TemplateEngineConfig(temperature=temperature),
+        reviewer,
+        TemplateReviewerConfig(verdict="generated"),
+    )
+    calls = Calls(
+        log=log,
+        expert=expert,
+        reviewer=reviewer,
+        digests=digests,
+        batch_size=batch_size,
+        check_claim=claim,
+    )
+    chains = make_chains()
+    try:
+        UnitRunner(chains=chains, calls=calls, stop=stop or StopFlag(), what="unit 0").run()
+    finally:
+        log.close()
+    return [row for chain in chains for row in chain.rows], log
+
+
+def done_and_doubted(folder: Path) -> tuple[list[str], set[str]]:
+    """Keys with a durable result, over all writers, and those that may have been asked in vain."""
+    journals = [read_journal(path) for path in journal_paths(folder)]
+    done = [key.key for one in journals for batch in one.batches for key in batch.results]
+    doubted = {key for one in journals for key in one.in_doubt}
+    return done, doubted
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Row], list[str]]:
+    """Rows and keys of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("quiet")
+    rows, _ = run(folder, Stub(), Stub())
+    done, doubted = done_and_doubted(folder)
+    assert not doubted
+    assert len(done) == len(set(done)) > 3 * len(SEEDS)
+    return rows, sorted(done)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+@pytest.mark.parametrize("dies_after", [False, True])
+def test_killed_at_any_commit_it_repeats_no_durable_call(
+    tmp_path: Path, quiet: tuple[list[Row], list[str]], dies_after: bool, batch_size: int | None
+) -> None:
+    rows, keys = quiet
+    for kill_at in range(1, 40, 2):
+        folder = tmp_path / f"{kill_at}"
+        experts = []
+        for attempt in range(60):
+            expert = Stub()
+            experts.append(expert)
+            before = set(done_and_doubted(folder)[0])
+            try:
+                found, log = run(
+                    folder,
+                    expert,
+                    Stub(),
+                    batch_size=batch_size,
+                    left=kill_at + attempt,
+                    dies_after=dies_after,
+                )
+            except Killed:
+                found = []
+            assert not before & set(expert.asked)
+            if found:
+                break
+        assert repr(found) == repr(rows)
+        done, doubted = done_and_doubted(folder)
+        assert sorted(done) == keys
+        asked = [key for expert in experts for key in expert.asked]
+        assert {key for key in asked if asked.count(key) > 1} <= doubted
+        usage = log.usage()
+        assert usage.total("expert").calls + usage.total("reviewer").calls == len(keys)
+
+
+def test_fixed_batches_are_formed_again_after_a_kill(tmp_path: Path) -> None:
+    whole = Stub()
+    rows, _ = run(tmp_path / "quiet", whole, Stub(), batch_size=3)
+    assert len(whole.batches) > 6
+    for kill_at in range(2, 14):
+        parts = [Stub(), Stub()]
+        folder = tmp_path / f"{kill_at}"
+        with pytest.raises(Killed):
+            run(folder, parts[0], Stub(), batch_size=3, left=kill_at)
+        assert repr(run(folder, parts[1], Stub(), batch_size=3)[0]) == repr(rows)
+        first, second = (part.batches for part in parts)
+        assert whole.batches[: len(first)] == first
+        assert whole.batches[-len(second) :] == second
+        assert 0 <= len(first) + len(second) - len(whole.batches) <= 1
+
+
+def test_a_stop_leaves_nothing_in_doubt(tmp_path: Path, quiet: tuple[list[Row], list[str]]) -> None:
+    class Stopping(Stub):
+        def step(self) -> list[Completion]:
+            if len(self.batches) == 4:
+                flag.reason = "SIGTERM"
+            return Stub.step(self)
+
+    flag = StopFlag()
+    with pytest.raises(StopRequested, match="unit 0"):
+        run(tmp_path, Stopping(), Stub(), stop=flag)
+    done, doubted = done_and_doubted(tmp_path)
+    assert done
+    assert not doubted
+    assert repr(run(tmp_path, Stub(), Stub())[0]) == repr(quiet[0])
+    assert sorted(done_and_doubted(tmp_path)[0]) == quiet[1]
+
+
+def test_another_prompt_model_or_sampling_is_no_replay(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, Stub(), Stub(), left=4)
+    with pytest.raises(CorruptFileError, match=r"unit-00000\..*\.wal: the result of call"):
+        run(tmp_path, Stub(), Stub(), temperature=0.6)
+    with pytest.raises(CorruptFileError, match="other inputs"):
+        UnitLog(tmp_path, 0, "another", {"expert": "stub", "reviewer": "stub"})
+
+
+def test_a_holder_that_was_thought_dead_costs_calls_and_nothing_else(
+    tmp_path: Path, quiet: tuple[list[Row], list[str]]
+) -> None:
+    overtaken: list[UnitLog] = []
+
+    class Stalling(Stub):
+        def step(self) -> list[Completion]:
+            if len(self.batches) == 3 and not overtaken:
+                rows, log = run(tmp_path, Stub(), Stub())
+                assert repr(rows) == repr(quiet[0])
+                overtaken.append(log)
+            return Stub.step(self)
+
+    rows, log = run(tmp_path, Stalling(), Stub())
+    assert repr(rows) == repr(quiet[0])
+    done, _ = done_and_doubted(tmp_path)
+    assert set(done) == set(quiet[1])
+    assert len(done) > len(quiet[1])
+    # Each counts what it knows; together they count all that was paid for.
+    named = set(log.file_names) | set(overtaken[0].file_names)
+    assert named == {path.name for path in journal_paths(tmp_path)}
+    found, _ = run(tmp_path, Stub(is_down=True), Stub(is_down=True))
+    assert repr(found) == repr(quiet[0])
+
+    def lose() -> None:
+        raise ClaimLost
+
+    expert = Stub()
+    with pytest.raises(ClaimLost):
+        run(tmp_path / "other", expert, Stub(), claim=lose)
+    assert expert.asked == []
+
+
+def test_an_engine_that_was_down_is_asked_anew(
+    tmp_path: Path, quiet: tuple[list[Row], list[str]]
+) -> None:
+    rows, _ = run(tmp_path, Stub(is_down=True), Stub())
+    assert all(row["detail"] == "down" for row in rows)
+    found, log = run(tmp_path, Stub(), Stub())
+    assert repr(found) == repr(quiet[0])
+    errors = len(SEEDS) * STEPS
+    assert log.usage().total("expert").calls == errors + sum("verdict" not in k for k in quiet[1])
+
+
+def test_a_full_disk_stops_the_unit_and_it_goes_on_after(
+    tmp_path: Path, quiet: tuple[list[Row], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    real, left = os.write, [6]
+
+    def write(descriptor: int, content: bytes) -> int:
+        left[0] -= 1
+        if left[0] <= 0:
+            real(descriptor, content[:5])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        with pytest.raises(WorkError, match="disk full at"):
+            run(tmp_path, Stub(), Stub())
+    assert repr(run(tmp_path, Stub(), Stub())[0]) == repr(quiet[0])
+    assert sorted(done_and_doubted(tmp_path)[0]) == quiet[1]
+
+
+def test_expert_and_reviewer_may_share_an_engine(
+    tmp_path: Path, quiet: tuple[list[Row], list[str]]
+) -> None:
+    expert, reviewer = share_engine(Stub(batch=2))
+    assert repr(run(tmp_path, expert, reviewer)[0]) == repr(quiet[0])
+    assert expert.num_pending == reviewer.num_pending == 0
