@@ -88,7 +88,7 @@ class _Draft:
 
     @property
     def is_usable(self) -> bool:
-        """A repeated text earns nothing but is judged, as in generation, to know the next parent."""
+        """A repeated text earns nothing, but its verdict says what the next parent is."""
         return self.zero in (ZeroReason.NONE, ZeroReason.REPEATS_EARLIER)
 
 
@@ -166,9 +166,7 @@ class World:
             zero = ENGINE_ERROR
         return _Draft(text, carried_input(OPERATIONS[operation], episode.texts[-1][1]), zero)
 
-    def _judge(
-        self, episodes: Sequence[Episode], drafts: Sequence[_Draft]
-    ) -> list[list[Verdict]]:
+    def _judge(self, episodes: Sequence[Episode], drafts: Sequence[_Draft]) -> list[list[Verdict]]:
         """Verdicts of each draft, against the parent last; none for an unusable draft."""
         pairs: list[Pair] = []
         counts = []

@@ -1,202 +1,165 @@
-"""TRPO from sb3-contrib, as a pure function of parameters, optimiser state and keys."""
+"""TRPO, one exact iteration at a time.
 
-from collections.abc import Callable, Mapping, Sequence
+An iteration is a pure function of (parameters, optimiser state, key): every generator that sb3
+draws from is seeded anew, all episodes begin anew, and nothing else is carried over. sb3 draws
+from the global generators of torch and numpy, which is why a learner needs a process of its own.
+"""
+
+import math
+from collections.abc import Mapping
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
-import torch
-from numpy.typing import NDArray
+import torch as th
 from sb3_contrib import TRPO
-from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.logger import Logger
 
 from teams_hpc.config.schema import PolicyConfig
-from teams_hpc.policy.environment import Episode, RewritingWorld, Step
+from teams_hpc.policy.environment import Key
+from teams_hpc.policy.tally import saturated_share
+from teams_hpc.policy.vec_env import RewritingVecEnv
+from teams_hpc.rewriting.identity import keyed_seed
 from teams_hpc.rewriting.operation_policy import MlpPolicy
-from teams_hpc.rewriting.operations import OPERATIONS
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, th.Tensor]
+
+_LAYERS = {
+    "hidden_0": "mlp_extractor.policy_net.0",
+    "hidden_1": "mlp_extractor.policy_net.2",
+    "head": "action_net",
+}
+_LOGGED = {
+    "kl": "train/kl_divergence_loss",
+    "value_loss": "train/value_loss",
+    "explained_variance": "train/explained_variance",
+    "line_search_success": "train/is_line_search_success",
+}
 
 
-class RewritingVecEnv(VecEnv):  # type: ignore[misc]
-    """`RewritingWorld` as stable-baselines3 wants it; episodes come from `begin_episode`.
+class _Trpo(TRPO):  # type: ignore[misc]  # sb3-contrib is not typed for mypy
+    def train(self) -> None:
+        """Update, unless all advantages are equal: TRPO's step would be zero divided by zero."""
+        if np.ptp(self.rollout_buffer.advantages) > 0.0:
+            super().train()
+
+
+class Learner:
+    """A policy network with TRPO around it (Schulman et al. 2015), on one torch thread.
 
     Args:
-        world: The environment itself.
-        begin_episode: The next episode of an environment, given its number.
+        environment: Where it acts.
+        settings: `policy` of the configuration.
+        key: Run seed and member: with the iteration, keys every random number.
     """
 
-    def __init__(self, world: RewritingWorld, begin_episode: Callable[[int], Episode]) -> None:
-        size = world.observation_size
-        super().__init__(
-            world.config.policy.num_envs,
-            gym.spaces.Box(0.0, 2.0, shape=(size,), dtype=np.float32),
-            gym.spaces.Discrete(len(OPERATIONS)),
+    def __init__(self, environment: RewritingVecEnv, settings: PolicyConfig, key: Key) -> None:
+        self._environment = environment
+        self._settings = settings
+        self._key = key
+        width = settings.hidden_size
+        self._model = _Trpo(
+            "MlpPolicy",
+            environment,
+            learning_rate=settings.critic_learning_rate,
+            n_steps=settings.episode_length,
+            batch_size=settings.num_envs,
+            gamma=settings.gamma,
+            gae_lambda=settings.gae_lambda,
+            cg_max_steps=settings.cg_max_steps,
+            cg_damping=settings.cg_damping,
+            line_search_max_iter=settings.line_search_max_iter,
+            n_critic_updates=settings.critic_updates,
+            target_kl=settings.target_kl,
+            policy_kwargs={
+                "net_arch": {"pi": [width, width], "vf": [width, width]},
+                "activation_fn": th.nn.ReLU,
+            },
+            device="cpu",
+            seed=self._sb3_seed(0),
         )
-        self.world = world
-        self.steps: list[list[Step]] = []
-        self._begin_episode = begin_episode
-        self._episodes: list[Episode] = []
-        self._actions: list[int] = []
+        self._model.set_logger(Logger(folder=None, output_formats=[]))
 
-    def reset(self) -> VecEnvObs:
-        """Begin all episodes anew and forget what was recorded."""
-        self.steps = []
-        self._episodes = [self._begin_episode(number) for number in range(self.num_envs)]
-        return self._observations()
+    def _sb3_seed(self, iteration: int) -> int:
+        return keyed_seed(*self._key, iteration, "sb3") % 2**32
 
-    def _observations(self) -> NDArray[np.float32]:
-        return np.stack([self.world.observe(episode) for episode in self._episodes])
+    def iterate(self, iteration: int) -> dict[str, Any]:
+        """Collect one rollout, update, and return its metrics.
 
-    def step_async(self, actions: NDArray[np.int64]) -> None:
-        self._actions = [int(action) for action in actions]
+        Raises:
+            EngineError: An engine failed; the parameters are as before.
+        """
+        self._environment.restart((*self._key, iteration))
+        self._model.set_random_seed(self._sb3_seed(iteration))
+        self._model.logger.name_to_value.clear()
+        self._model.learn(
+            self._settings.num_envs * self._settings.episode_length,
+            log_interval=None,
+            reset_num_timesteps=True,
+        )
+        return self._metrics(iteration)
 
-    def step_wait(self) -> VecEnvStepReturn:
-        steps = self.world.step(self._episodes, self._actions)
-        self.steps.append(steps)
-        observations = self._observations()
-        is_over = self._episodes[0].history.step >= self.world.config.policy.episode_length
-        infos: list[dict[str, Any]] = [{} for _ in steps]
-        if is_over:
-            # Ends together: the next observation belongs to new episodes, and is a true end.
-            for info, observation in zip(infos, observations, strict=True):
-                info |= {"terminal_observation": observation, "TimeLimit.truncated": False}
-            self._episodes = [self._begin_episode(number) for number in range(self.num_envs)]
-            observations = self._observations()
-        rewards = np.array([step.reward for step in steps], dtype=np.float32)
-        return observations, rewards, np.full(self.num_envs, is_over), infos
+    def _metrics(self, iteration: int) -> dict[str, Any]:
+        tally = self._environment.tally
+        logged = self._model.logger.name_to_value
+        verdicts = tally.verdicts
+        return {
+            "iteration": iteration,
+            "mean_reward": sum(tally.reward_by_step) / len(tally.reward_by_step),
+            "reward_by_step": tally.reward_by_step,
+            "operations_by_step": tally.operations_by_step,
+            "entropy": self._entropy(),
+            **{name: _finite(logged.get(key)) for name, key in _LOGGED.items()},
+            "accepted_share": tally.accepted_share,
+            "saturated_share": saturated_share(verdicts),
+            "zero_reasons": tally.zero_reasons,
+            "num_verdicts": len(verdicts),
+        }
 
-    def close(self) -> None:
-        """Nothing to close."""
+    def _entropy(self) -> float:
+        """Mean entropy (nats) of the updated policy over the observations of the rollout."""
+        buffer = self._model.rollout_buffer
+        flat = buffer.observations.reshape(-1, buffer.observations.shape[-1])
+        with th.no_grad():
+            distribution = self._model.policy.get_distribution(th.as_tensor(flat))
+            return float(distribution.entropy().mean())
 
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name, None) for _ in self._get_indices(indices)]
+    def state(self) -> Tensors:
+        """Parameters and the optimiser's state, copied."""
+        policy = self._model.policy
+        tensors = {f"policy.{name}": value for name, value in policy.state_dict().items()}
+        for index, values in policy.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        return {name: value.detach().clone() for name, value in tensors.items()}
 
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError("environments are one batch, without attributes of their own")
+    def restore(self, tensors: Mapping[str, th.Tensor]) -> None:
+        """Take back what `state` gave."""
+        policy = self._model.policy
+        parameters = {}
+        optimizer: dict[int, Tensors] = {}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            if part == "policy":
+                parameters[rest] = value
+            else:
+                index, _, key = rest.partition(".")
+                optimizer.setdefault(int(index), {})[key] = value.clone()
+        policy.load_state_dict(parameters)
+        groups = policy.optimizer.state_dict()["param_groups"]
+        policy.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
 
-    def env_method(
-        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
-    ) -> list[Any]:
-        raise NotImplementedError("environments are one batch, without methods of their own")
-
-    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
-        return [False for _ in self._get_indices(indices)]
-
-
-def build_trpo(env: VecEnv, settings: PolicyConfig, seed: int) -> TRPO:
-    """TRPO with the configured constants; initial weights are a function of `seed`."""
-    torch.set_num_threads(1)
-    width = settings.hidden_size
-    model = TRPO(
-        "MlpPolicy",
-        env,
-        learning_rate=settings.critic_learning_rate,
-        n_steps=settings.episode_length,
-        batch_size=settings.episode_length * env.num_envs,
-        gamma=settings.gamma,
-        gae_lambda=settings.gae_lambda,
-        cg_max_steps=settings.cg_max_steps,
-        cg_damping=settings.cg_damping,
-        line_search_max_iter=settings.line_search_max_iter,
-        n_critic_updates=settings.critic_updates,
-        target_kl=settings.target_kl,
-        policy_kwargs={
-            "net_arch": {"pi": [width, width], "vf": [width, width]},
-            "activation_fn": torch.nn.ReLU,
-        },
-        seed=seed % 2**32,
-        device="cpu",
-    )
-    model.set_logger(configure(None, []))
-    return model
-
-
-def run_iteration(model: TRPO, seed: int) -> dict[str, float]:
-    """One rollout of whole episodes and one update.
-
-    Generators are seeded anew and all episodes begin anew, so the result depends on parameters,
-    optimiser state and `seed` alone.
-
-    Returns:
-        kl, explained_variance, entropy, value_loss.
-    """
-    torch.manual_seed(seed % 2**63)
-    np.random.seed(seed % 2**32)
-    model._last_obs = None
-    _, callback = model._setup_learn(total_timesteps=10**9, reset_num_timesteps=False)
-    model.collect_rollouts(model.env, callback, model.rollout_buffer, n_rollout_steps=model.n_steps)
-    entropy = _entropy(model)
-    model.train()
-    values = model.logger.name_to_value
-    return {
-        "kl": float(values["train/kl_divergence_loss"]),
-        "explained_variance": float(values["train/explained_variance"]),
-        "entropy": entropy,
-        "value_loss": float(values["train/value_loss"]),
-    }
+    def export(self, metadata: Mapping[str, str]) -> MlpPolicy:
+        """The actor alone, as generation reads it."""
+        parameters = self._model.policy.state_dict()
+        return MlpPolicy(
+            weights={
+                f"{ours}.{part}": parameters[f"{theirs}.{part}"].double().numpy().copy()
+                for ours, theirs in _LAYERS.items()
+                for part in ("weight", "bias")
+            },
+            metadata=dict(metadata),
+        )
 
 
-def _entropy(model: TRPO) -> float:
-    """Mean entropy (nats) of the policy over the rollout."""
-    observations = torch.as_tensor(model.rollout_buffer.observations)
-    with torch.no_grad():
-        flat = observations.reshape(-1, observations.shape[-1])
-        return float(model.policy.get_distribution(flat).entropy().mean())
-
-
-def state_tensors(model: TRPO) -> Tensors:
-    """Parameters and optimiser state as named tensors."""
-    tensors = {
-        f"policy.{name}": value.contiguous() for name, value in model.policy.state_dict().items()
-    }
-    for number, state in model.policy.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
-    return tensors
-
-
-def restore_tensors(model: TRPO, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `state_tensors` gave."""
-    policy: Tensors = {}
-    states: dict[int, Tensors] = {}
-    for key, value in tensors.items():
-        part, _, name = key.partition(".")
-        if part == "policy":
-            policy[name] = value
-        else:
-            number, _, entry = name.partition(".")
-            states.setdefault(int(number), {})[entry] = value
-    model.policy.load_state_dict(policy)
-    groups = model.policy.optimizer.state_dict()["param_groups"]
-    model.policy.optimizer.load_state_dict({"state": states, "param_groups": groups})
-
-
-def export_actor(model: TRPO, metadata: Mapping[str, str]) -> MlpPolicy:
-    """The actor as the numpy policy that generation reads."""
-    state = model.policy.state_dict()
-    names = {
-        "hidden_0": "mlp_extractor.policy_net.0",
-        "hidden_1": "mlp_extractor.policy_net.2",
-        "head": "action_net",
-    }
-    weights = {
-        f"{ours}.{part}": state[f"{theirs}.{part}"].double().numpy()
-        for ours, theirs in names.items()
-        for part in ("weight", "bias")
-    }
-    return MlpPolicy(weights=weights, metadata=dict(metadata))
-
-
-def summarise(rollout: Sequence[Sequence[Step]]) -> dict[str, Any]:
-    """Rewards and operation counts of one rollout, by step of the episode."""
-    flat = [step for steps in rollout for step in steps]
-    return {
-        "mean_reward": float(np.mean([step.reward for step in flat])),
-        "reward_by_step": [float(np.mean([step.reward for step in steps])) for steps in rollout],
-        "operations_by_step": [
-            np.bincount([step.operation for step in steps], minlength=len(OPERATIONS)).tolist()
-            for steps in rollout
-        ],
-    }
+def _finite(value: Any) -> float | None:
+    """A number that JSON can hold; None where there is none (a variance of equal returns)."""
+    return float(value) if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Evaluating a policy: sampled episodes on given seeds, the same random numbers for every policy."""
+"""Playing a policy: sampled episodes on given seeds, the same luck for every policy."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

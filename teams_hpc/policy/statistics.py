@@ -1,10 +1,10 @@
-"""Means over seeds with bootstrap intervals; seeds are the clusters, so they are resampled whole."""
+"""Means over seeds with bootstrap intervals; seeds are clusters, so they are resampled whole."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 LEAST_SEEDS = 2
 """Of fewer, no interval can be drawn."""
@@ -30,7 +30,7 @@ class Interval:
         return asdict(self)
 
 
-def mean_interval(by_seed: Sequence[float], num_bootstrap: int, seed: int) -> Interval:
+def mean_interval(by_seed: ArrayLike, num_bootstrap: int, seed: int) -> Interval:
     """Percentile bootstrap of the mean over seeds (Efron 1979), resampling seeds.
 
     For a paired comparison `by_seed` holds differences. Deviations are widened by

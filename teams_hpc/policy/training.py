@@ -1,266 +1,262 @@
-"""The stage `policy`: independently seeded members, each resumable at every iteration."""
+"""The stage `policy`: one member is trained by one process, and resumes exactly.
 
-import json
+The checkpoint commits an iteration. A kill before it leaves at most a line too many in
+`metrics.jsonl`, which the next start cuts off, and calls that are counted as in doubt.
+"""
+
 import logging
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch as th
 
 from teams_hpc.config import Config
 from teams_hpc.config.digest import file_digest
-from teams_hpc.errors import CorruptFileError, RunInUseError, SeedError
-from teams_hpc.llm.base import RoleName
+from teams_hpc.errors import CorruptFileError, RunInUseError, SeedError, UsageError
+from teams_hpc.llm.base import Engine, RoleName
 from teams_hpc.llm.ledger import Ledger
-from teams_hpc.llm.load import load_engines
-from teams_hpc.policy.environment import Episode, RewritingWorld, Step, saturated_share
-from teams_hpc.policy.learner import (
-    RewritingVecEnv,
-    Tensors,
-    build_trpo,
-    export_actor,
-    restore_tensors,
-    run_iteration,
-    state_tensors,
-    summarise,
-)
-from teams_hpc.rewriting.identity import keyed_seed
-from teams_hpc.rewriting.reviewer import SANITY_ACCURACY, Reviewer, ZeroReason, sanity_accuracy
-from teams_hpc.rewriting.seeds import Seed, read_seeds
-from teams_hpc.rewriting.splits import split_seeds
+from teams_hpc.policy.attempts import begin_attempt
+from teams_hpc.policy.checkpoint import Checkpoint
+from teams_hpc.policy.environment import World
+from teams_hpc.policy.learner import Learner
+from teams_hpc.policy.setting import build_world, loaded_engines, seeds_by_split
+from teams_hpc.policy.vec_env import RewritingVecEnv
+from teams_hpc.rewriting.reviewer import SANITY_ACCURACY, SANITY_CALLS, sanity_accuracy
+from teams_hpc.rewriting.seeds import Seed
 from teams_hpc.runtime.metrics import Progress, append_metrics, read_metrics
 from teams_hpc.runtime.preemption import StopFlag
-from teams_hpc.storage.atomic import read_json, remove_leftovers, replacing, write_json, write_text
+from teams_hpc.storage.atomic import (
+    naming_disk_faults,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from teams_hpc.storage.lease import Lease
 from teams_hpc.storage.run_dir import RunDir, read_manifest, write_manifest
 
-_log = logging.getLogger(__name__)
-_SATURATED_WARNING = 0.95
+MOST_SATURATED = 0.95
+"""With more saturated verdicts than this, rewards hardly grade rewrites."""
+
+_FINAL_ITERATIONS = 10
 _LEASE_WAIT_S = 10.0
-
-
-def seeds_of_split(config: Config, split: str) -> list[Seed]:
-    """Seeds of one split, in file order."""
-    seeds = read_seeds(config.seeds.path, config.seeds.limit).seeds
-    splits = split_seeds(seeds, config.seeds, config.seed)
-    return [seed for seed in seeds if splits[seed.id] == split]
-
-
-def build_world(config: Config) -> RewritingWorld:
-    """Load instructor and reviewer."""
-    instructor, judge = load_engines(config.instructor, config.reviewer)
-    return RewritingWorld(config, instructor, Reviewer(judge, config.reviewer.verdict, Ledger()))
+_ROLES: tuple[RoleName, ...] = ("instructor", "reviewer")
+_log = logging.getLogger(__name__)
 
 
 def train_member(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
-    """Train one member to the end of `policy.iterations`.
-
-    An iteration is a pure function of (parameters, optimiser state, member, iteration), so a
-    member that was killed continues with the numbers of an uninterrupted one.
+    """Train member `index`; whichever finds all members done declares the stage done.
 
     Raises:
+        StopRequested: Asked to stop, between two iterations.
+        UsageError: There is no such member.
         RunInUseError: Another live process trains this member.
-        SeedError: No seed falls into `policy_train`.
-        StopRequested: Asked to stop between iterations.
+        SeedError: No seed fell into the split that the policy is trained on.
+        EngineError: A model can't be loaded or failed.
     """
-    member = _Member(run_dir, config, index)
+    if not 0 <= index < config.policy.num_members:
+        raise UsageError(
+            f"policy member {index} doesn't exist; policy.num_members is "
+            f"{config.policy.num_members}, so the last is {config.policy.num_members - 1}"
+        )
+    folder = run_dir.member(index)
     with Lease(run_dir.leases / f"policy-{index:03d}", config.site.lease_s) as lease:
         if not lease.acquire_within(_LEASE_WAIT_S):
-            raise RunInUseError(f"{member.folder} is being worked on by another process")
-        remove_leftovers(member.folder)
-        if not member.result.exists():
-            member.train(stop)
+            raise RunInUseError(f"{folder} is being worked on by another process")
+        if not (folder / "result.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            run_dir.metrics.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+            with loaded_engines(config) as engines:
+                _train(run_dir, config, index, engines, stop)
     _finish_stage(run_dir, config)
 
 
-@dataclass(slots=True)
-class _Checkpoint:
-    """All there is to know after an iteration."""
+def _train(
+    run_dir: RunDir, config: Config, index: int, engines: tuple[Engine, Engine], stop: StopFlag
+) -> None:
+    seeds = _training_seeds(config)
+    ledger = Ledger()
+    world = build_world(config, engines, ledger)
+    engine_threads = th.get_num_threads() if any(engine.is_model for engine in engines) else 1
+    # More threads than one would slow so small a network down, and change its last bits.
+    th.set_num_threads(1)
+    environment = RewritingVecEnv(world, seeds, engine_threads)
+    learner = Learner(environment, config.policy, (config.seed, "policy", index))
+    member = _Member(run_dir.member(index), config, index, world, learner)
+    member.resume()
+    progress = Progress(run_dir.progress(f"policy-{index:03d}"), unit="iterations")
+    total = config.policy.iterations
+    progress.update(member.iteration, total)
+    while member.iteration < total:
+        stop.raise_if_set(f"{member.iteration} of {total} iterations")
+        metrics = member.advance()
+        progress.update(member.iteration, total, f"reward {metrics['mean_reward']:.3f}")
+    member.finish(len(seeds))
 
-    iteration: int
-    tensors: Tensors
-    ledger: Ledger
 
-
-@dataclass(slots=True)
-class _Member:
-    run_dir: RunDir
-    config: Config
-    index: int
-
-    @property
-    def folder(self) -> Path:
-        return self.run_dir.member(self.index)
-
-    @property
-    def result(self) -> Path:
-        return self.folder / "result.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.safetensors"
-
-    @property
-    def started(self) -> Path:
-        """Which iteration was begun, and how often."""
-        return self.folder / "started.json"
-
-    def train(self, stop: StopFlag) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        settings = self.config.policy
-        train_seeds = seeds_of_split(self.config, "policy_train")
-        if not train_seeds:
-            raise SeedError("no seed falls into policy_train; raise seeds.limit or give more seeds")
-        world = build_world(self.config)
-        self._check_reviewer(world)
-        iteration = 0
-        env = RewritingVecEnv(world, lambda number: self._episode(train_seeds, iteration, number))
-        model = build_trpo(
-            env, settings, keyed_seed(self.config.seed, "policy", self.index, "initial")
+def _training_seeds(config: Config) -> list[Seed]:
+    seeds = seeds_by_split(config)["policy_train"]
+    if not seeds:
+        raise SeedError(
+            "no seed fell into the split policy_train, so there is nothing to train the policy "
+            "on; give more seeds, raise seeds.policy_train_share, or set generate.policy=uniform"
         )
-        found = self._load_checkpoint()
-        if found is not None:
-            restore_tensors(model, found.tensors)
-            world.ledger.merge(found.ledger)
-            iteration = found.iteration
-        self._cut_metrics(iteration)
-        progress = Progress(self.run_dir.progress(f"policy-{self.index:03d}"), unit="iterations")
-        progress.update(iteration, settings.iterations)
-        while iteration < settings.iterations:
-            stop.raise_if_set(f"{iteration} of {settings.iterations} iterations")
-            attempts = self._note_start(iteration)
-            before = _calls_by_row(world.ledger)
-            numbers = run_iteration(model, self._key(iteration, "iteration"))
-            calls = _calls_by_row(world.ledger) - before
-            for row, count in calls.items():  # earlier attempts asked for as much, to no avail
-                world.ledger.of(*row).in_doubt += (attempts - 1) * count
-            line = {
-                "iteration": iteration,
-                **summarise(env.steps),
-                **numbers,
-                "calls": calls.total(),
-            }
-            line |= _zero_counts(env.steps)
-            append_metrics(self.metrics, line)
-            iteration += 1
-            self._save_checkpoint(_Checkpoint(iteration, state_tensors(model), world.ledger))
-            progress.update(iteration, settings.iterations, f"reward {line['mean_reward']:.3f}")
-        self._finish(model)
+    return seeds
 
-    def _key(self, *parts: str | int) -> int:
-        return keyed_seed(self.config.seed, "policy", self.index, *parts)
 
-    def _episode(self, seeds: Sequence[Seed], iteration: int, number: int) -> Episode:
-        chosen = seeds[self._key(iteration, number, "seed") % len(seeds)]
-        return Episode.begin(f"{self._key(iteration, number, 'episode'):x}", chosen)
+class _Member:
+    """A member's learner with the files that make its progress durable."""
 
-    def _check_reviewer(self, world: RewritingWorld) -> None:
-        """Judge the sanity set once a start; these calls are not the member's own."""
-        probe = Reviewer(world.reviewer.engine, world.reviewer.verdict, Ledger())
-        accuracy = sanity_accuracy(probe)
-        if accuracy < SANITY_ACCURACY:
+    def __init__(
+        self, folder: Path, config: Config, index: int, world: World, learner: Learner
+    ) -> None:
+        self.iteration = 0
+        self._folder = folder
+        self._config = config
+        self._index = index
+        self._world = world
+        self._learner = learner
+        self._sanity_accuracy = 0.0
+        self._has_warned = False
+
+    def resume(self) -> None:
+        """Go back to the last checkpoint, or make the first one."""
+        found = Checkpoint.load(self._folder / "state.safetensors")
+        if found is None:
+            bound = Ledger()
+            bound.of("reviewer", self._world.reviewer.engine.content_id).in_doubt += SANITY_CALLS
+            self._ledger.merge(begin_attempt(self._note, "sanity", bound))
+            self._sanity_accuracy = sanity_accuracy(self._world.reviewer)
+            self._trim_metrics()
+            self._commit()
+        else:
+            self._learner.restore(found.tensors)
+            self._ledger.merge(found.usage)
+            self.iteration = found.iteration
+            self._sanity_accuracy = found.sanity_accuracy
+            self._trim_metrics()
+            _log.info("going on after iteration %d", self.iteration)
+        if self._sanity_accuracy < SANITY_ACCURACY:
             _log.warning(
-                "the reviewer judges only %.2f of plain cases right (%.1f is needed): its rewards "
-                "mean little; try another reviewer.model",
-                accuracy,
-                SANITY_ACCURACY,
+                "the reviewer judges %.0f %% of plain cases right, fewer than %.0f %%: its rewards "
+                "mean little; try another reviewer.model or reviewer.verdict",
+                100 * self._sanity_accuracy,
+                100 * SANITY_ACCURACY,
             )
 
-    def _note_start(self, iteration: int) -> int:
-        """Say durably that an iteration begins; returns how often it did."""
-        note = read_json(self.started) if self.started.exists() else {}
-        attempts = int(note["attempts"]) + 1 if note.get("iteration") == iteration else 1
-        write_json(self.started, {"iteration": iteration, "attempts": attempts})
-        return attempts
+    @property
+    def _ledger(self) -> Ledger:
+        return self._world.ledger
 
-    def _load_checkpoint(self) -> _Checkpoint | None:
-        if not self.checkpoint.exists():
-            return None
-        try:
-            with safe_open(self.checkpoint, framework="pt") as file:
-                notes = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            ledger = Ledger.from_json(json.loads(notes["usage"]))
-            return _Checkpoint(int(notes["iteration"]), tensors, ledger)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise CorruptFileError(
-                f"{self.checkpoint} is damaged ({error}); run again with --rerun-from policy"
-            ) from None
+    @property
+    def _note(self) -> Path:
+        return self._folder / "started.json"
 
-    def _save_checkpoint(self, state: _Checkpoint) -> None:
-        usage = state.ledger.to_json()
-        notes = {"iteration": str(state.iteration), "usage": json.dumps(usage)}
-        with replacing(self.checkpoint) as temporary:
-            save_file(state.tensors, temporary, metadata=notes)
-        write_json(self.folder / "usage.json", usage)
+    @property
+    def _metrics_path(self) -> Path:
+        return self._folder / "metrics.jsonl"
 
-    def _cut_metrics(self, iteration: int) -> None:
-        """Drop lines of iterations that the checkpoint does not know of."""
-        lines = [line for line in read_metrics(self.metrics) if line["iteration"] < iteration]
-        write_text(self.metrics, "".join(f"{json.dumps(line)}\n" for line in lines))
-
-    def _finish(self, model: Any) -> None:
-        digest = read_json(self.run_dir.inputs("policy"))["digest"]
-        metadata = {
-            "observation": self.config.policy.observation,
-            "member": str(self.index),
-            "digest": digest,
+    def advance(self) -> dict[str, Any]:
+        """One iteration, durable when this returns."""
+        number = self.iteration + 1
+        bound = self._world.most_calls(self._config.policy.num_envs)
+        self._ledger.merge(begin_attempt(self._note, f"iteration {number}", bound))
+        before = {role: self._ledger.total(role).calls for role in _ROLES}
+        metrics = self._learner.iterate(number)
+        metrics["calls"] = {
+            role: self._ledger.total(role).calls - count for role, count in before.items()
         }
-        path = self.folder / "policy.safetensors"
-        export_actor(model, metadata).save(path)
-        last = list(read_metrics(self.metrics))[-1]
-        if last["saturated_share"] > _SATURATED_WARNING:
-            _log.warning(
-                "%.0f %% of verdicts are saturated: the reward hardly tells rewrites apart",
-                100 * last["saturated_share"],
+        with naming_disk_faults(self._metrics_path):
+            append_metrics(self._metrics_path, metrics)
+        self.iteration = number
+        self._commit()
+        self._warn_if_saturated(metrics)
+        return metrics
+
+    def _commit(self) -> None:
+        Checkpoint(
+            iteration=self.iteration,
+            tensors=self._learner.state(),
+            usage=self._ledger,
+            sanity_accuracy=self._sanity_accuracy,
+        ).save(self._folder / "state.safetensors")
+        write_json(self._folder / "usage.json", self._ledger.to_json())
+
+    def _trim_metrics(self) -> None:
+        """Cut off metrics of an iteration that was not committed."""
+        path = self._metrics_path
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        if len(lines) < self.iteration:
+            raise CorruptFileError(
+                f"{path} has {len(lines)} lines, but {self.iteration} iterations were done; "
+                "run again with --rerun-from policy"
             )
+        write_text(path, b"".join(line + b"\n" for line in lines[: self.iteration]).decode())
+
+    def _warn_if_saturated(self, metrics: dict[str, Any]) -> None:
+        # Generated verdicts are 0 or 1 by nature; that says nothing about them.
+        if self._has_warned or self._config.reviewer.verdict == "generated":
+            return
+        if metrics["saturated_share"] > MOST_SATURATED:
+            self._has_warned = True
+            _log.warning(
+                "%.0f %% of verdicts in iteration %d are below 0.02 or above 0.98: rewards hardly "
+                "grade rewrites",
+                100 * metrics["saturated_share"],
+                self.iteration,
+            )
+
+    def finish(self, num_seeds: int) -> None:
+        """Export the policy and write the result, last."""
+        folder = self._folder
+        observation = self._config.policy.observation
+        self._learner.export({"observation": observation, "member": str(self._index)}).save(
+            folder / "policy.safetensors"
+        )
+        rewards = [line["mean_reward"] for line in read_metrics(self._metrics_path)]
+        final = rewards[-_FINAL_ITERATIONS:]
+        files = ("policy.safetensors", "metrics.jsonl")
         write_json(
-            self.result,
+            folder / "result.json",
             {
-                "digest": digest,
-                "member": self.index,
-                "final_reward": last["mean_reward"],
-                "policy_sha256": file_digest(path),
-                "metrics_sha256": file_digest(self.metrics),
-                "usage": read_json(self.folder / "usage.json"),
+                "member": self._index,
+                "iterations": self.iteration,
+                "num_seeds": num_seeds,
+                "mean_reward_first": rewards[0],
+                "mean_reward_final": sum(final) / len(final),
+                "sanity_accuracy": self._sanity_accuracy,
+                "files": {name: file_digest(folder / name) for name in files},
+                "usage": self._ledger.to_json(),
             },
         )
 
 
-def _calls_by_row(ledger: Ledger) -> Counter[tuple[RoleName, str]]:
-    return Counter({row: usage.calls for row, usage in ledger.rows.items()})
-
-
-def _zero_counts(rollout: Sequence[Sequence[Step]]) -> dict[str, Any]:
-    flat = [step for steps in rollout for step in steps]
-    zeros = {
-        str(reason): sum(step.zero is reason for step in flat)
-        for reason in ZeroReason
-        if reason is not ZeroReason.NONE
-    }
-    return {"zero_rewards": zeros, "saturated_share": saturated_share(flat)}
-
-
 def _finish_stage(run_dir: RunDir, config: Config) -> None:
-    """Write the stage's manifest once every member has its result."""
-    paths = [run_dir.member(i) / "result.json" for i in range(config.policy.num_members)]
-    if read_manifest(run_dir, "policy") is not None or not all(path.exists() for path in paths):
+    """Write the manifest if every member is done; two members that both do write the same."""
+    folders = [run_dir.member(index) for index in range(config.policy.num_members)]
+    if read_manifest(run_dir, "policy") is not None:
         return
-    results = [read_json(path) for path in paths]
-    ledger = Ledger()
-    files = {}
-    for path, result in zip(paths, results, strict=True):
-        ledger.merge(Ledger.from_json(result.pop("usage")))
-        files[f"{path.parent.name}/policy.safetensors"] = result["policy_sha256"]
-        files[f"{path.parent.name}/metrics.jsonl"] = result["metrics_sha256"]
+    if not all((folder / "result.json").exists() for folder in folders):
+        return
+    results = [read_json(folder / "result.json") for folder in folders]
+    usage = Ledger()
+    for result in results:
+        usage.merge(Ledger.from_json(result["usage"]))
     write_manifest(
-        run_dir, "policy", {"members": results, "files": files, "usage": ledger.to_json()}
+        run_dir,
+        "policy",
+        {
+            "num_seeds": results[0]["num_seeds"],
+            "members": [
+                {key: value for key, value in result.items() if key not in ("files", "usage")}
+                for result in results
+            ],
+            "files": {
+                f"{folder.name}/{name}": digest
+                for folder, result in zip(folders, results, strict=True)
+                for name, digest in result["files"].items()
+            },
+            "usage": usage.to_json(),
+        },
     )

@@ -12,12 +12,13 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_safetensors
 
 from teams_hpc.errors import CorruptFileError
 from teams_hpc.rewriting.observation import History
 from teams_hpc.rewriting.operations import OPERATIONS
 from teams_hpc.storage.atomic import replacing
+from teams_hpc.storage.tensor_file import in_fixed_order
 
 Floats = NDArray[np.float64]
 _LAYERS = ("hidden_0", "hidden_1", "head")
@@ -81,9 +82,10 @@ class MlpPolicy:
         )
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, atomically."""
+        """Write a safetensors file, atomically; equal policies give equal bytes."""
         with replacing(path) as temporary:
-            save_file(dict(self.weights), temporary, metadata=dict(self.metadata))
+            data = to_safetensors(dict(self.weights), metadata=dict(self.metadata))
+            temporary.write_bytes(in_fixed_order(data))
 
     @classmethod
     def load(cls, path: Path) -> "MlpPolicy":

@@ -199,6 +199,8 @@ _SANITY_TEXTS = (
     "Summarise the rules of chess for someone who has never played.",
     "Compare electric and diesel buses for a mid-sized city.",
 )
+SANITY_CALLS = 2 * len(_SANITY_TEXTS)
+"""What `sanity_accuracy` asks of the reviewer."""
 
 
 def sanity_accuracy(reviewer: Reviewer) -> float:
