@@ -83,6 +83,11 @@ class Budget:
         """End a unit's reservation: it is published, or its worker stops."""
         self._path(unit).unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Remove what killed workers left behind; all units are published."""
+        for path in self._folder.glob("unit-*.json"):
+            path.unlink(missing_ok=True)
+
     def spent(self) -> int:
         """Expert calls that were or may have been made."""
         return _total(self._usage.read())

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
@@ -16,6 +15,7 @@ from teams_hpc.generation.plan import Plan, settle_plan
 from teams_hpc.generation.shared_engine import share_engine
 from teams_hpc.generation.unit import UnitRunner
 from teams_hpc.generation.unit_log import UnitLog
+from teams_hpc.generation.usage import unit_number
 from teams_hpc.llm.base import Engine
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.llm.load import load_engines
@@ -36,6 +36,7 @@ from teams_hpc.storage.run_dir import RunDir, read_manifest
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.2
+_SHOW_EVERY_S = 0.5
 _ENGINE_IS_DOWN_ROWS = 16
 """So many rows without one reply, when none ever came, mean that the engine is down."""
 
@@ -129,6 +130,7 @@ class _Worker:
     _equipment: _Equipment | None = None
     _leases: dict[int, Lease] = field(default_factory=dict)
     _has_success: bool = False
+    _shown: float = float("-inf")
     _budget: Budget = field(init=False)
     _progress: Progress = field(init=False)
     _digest: str = field(init=False)
@@ -144,7 +146,7 @@ class _Worker:
         """Take units, starting at `first`, until all are published."""
         for folder in (self.run_dir.journal, self.run_dir.shards):
             folder.mkdir(parents=True, exist_ok=True)
-        while open_units := list(self._open_units(first)):
+        while open_units := self._open_units(first):
             self._budget.room = None
             self._budget.has_released = False
             outcomes = {self._try(unit) for unit in open_units}
@@ -155,16 +157,14 @@ class _Worker:
             self._check_stop()
             time.sleep(_POLL_S)
 
-    def _open_units(self, first: int = 0) -> Iterator[int]:
+    def _open_units(self, first: int = 0) -> list[int]:
         count = self.plan.num_units
-        for offset in range(count):
-            unit = (first + offset) % count
-            if not self.run_dir.shard(unit).exists():
-                yield unit
+        published = self._published()
+        order = ((first + offset) % count for offset in range(count))
+        return [unit for unit in order if unit not in published]
 
-    def _published(self) -> list[int]:
-        missing = set(self._open_units())
-        return [unit for unit in range(self.plan.num_units) if unit not in missing]
+    def _published(self) -> set[int]:
+        return {unit_number(path) for path in self.run_dir.shards.glob("unit-*.h5")}
 
     def _check_stop(self) -> None:
         if self.stop.is_set:
@@ -212,7 +212,8 @@ class _Worker:
             if lease.is_held():
                 self._budget.give_back(unit)
         _log.info("unit %d: %d rows, %d kept", unit, counts["attempted"], counts["kept"])
-        self.show_progress(counts)
+        if time.monotonic() - self._shown > _SHOW_EVERY_S:
+            self._show_progress(counts)
         return "done"
 
     def _equip(self) -> _Equipment:
@@ -264,8 +265,9 @@ class _Worker:
             f"{rows[0]['detail'] or 'no reason given'}; set that right and run again"
         )
 
-    def show_progress(self, counts: Counts) -> None:
+    def _show_progress(self, counts: Counts) -> None:
         """Count the rows published by all workers; say how many of `counts` were kept."""
+        self._shown = time.monotonic()
         done = sum(self.plan.num_rows_of(unit) for unit in self._published())
         kept = f"kept {100 * counts['kept'] / max(1, counts['attempted']):.0f} %"
         self._progress.update(done, self.plan.num_rows, kept)
@@ -279,15 +281,14 @@ class _Worker:
             if read_manifest(self.run_dir, "generate") is not None:
                 return
             counts = write_outcome(self.run_dir, self.plan, self._digest)
-            self.show_progress(counts)
+            self._show_progress(counts)
             self._clear()
 
     def _clear(self) -> None:
         """Remove what killed processes left behind; all units are published."""
         for path in journal_paths(self.run_dir.journal):
             path.unlink(missing_ok=True)
-        for unit in range(self.plan.num_units):
-            self._budget.give_back(unit)
+        self._budget.clear()
         for path in self.run_dir.leases.glob("unit-*"):
             lease = Lease(path, self.config.site.lease_s)
             if lease.acquire():  # its holder is gone

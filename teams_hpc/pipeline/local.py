@@ -97,7 +97,8 @@ def _run_stage(
         num_parallel=len(tasks) if stage.form == "ranks" else config.site.num_workers,
         together=stage.form == "ranks",
         max_restarts=config.site.max_restarts_without_progress,
-        progress=lambda: [_done(run_dir, task.name) for task in tasks],
+        # The workers of a stage may share one progress file, which has the stage's name.
+        progress=lambda: [_done(run_dir, name) for name in (stage.name, *(t.name for t in tasks))],
         explain=lambda task: _last_words(run_dir, task.name),
         on_tick=observer.tick,
     )

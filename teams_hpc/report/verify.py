@@ -62,6 +62,8 @@ def _shard_faults(run_dir: RunDir, manifest: dict[str, Any]) -> Iterator[str]:
         with Table.open(path) as table:
             yield from table.verify()
             num_rows += table.num_rows
+            if table.attrs["sha256"] != manifest["units"].get(path.name):
+                yield f"{path} holds other rows than the manifest says"
     extra = len(list(run_dir.shards.glob("unit-*.h5"))) - num_units
     if extra > 0:
         yield f"{run_dir.shards}: {extra} more units than the plan has"
