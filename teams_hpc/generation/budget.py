@@ -6,7 +6,7 @@ from pathlib import Path
 from teams_hpc.errors import WorkError
 from teams_hpc.generation.usage import UnitUsage, unit_number
 from teams_hpc.llm.ledger import Ledger
-from teams_hpc.storage.atomic import read_json, write_json
+from teams_hpc.storage.atomic import read_json, remove_leftovers, write_json
 from teams_hpc.storage.lease import Lease
 from teams_hpc.storage.run_dir import RunDir
 
@@ -87,6 +87,7 @@ class Budget:
         """Remove what killed workers left behind; all units are published."""
         for path in self._folder.glob("unit-*.json"):
             path.unlink(missing_ok=True)
+        remove_leftovers(self._folder)
 
     def spent(self) -> int:
         """Expert calls that were or may have been made."""

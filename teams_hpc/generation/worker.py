@@ -12,7 +12,7 @@ from teams_hpc.generation.calls import CallDigests, Calls, ClaimLost, fixed_batc
 from teams_hpc.generation.evolve import Chain, Steering
 from teams_hpc.generation.outcome import Counts, describe_engine, publish_unit, write_outcome
 from teams_hpc.generation.plan import Plan, settle_plan
-from teams_hpc.generation.shared_engine import share_engine
+from teams_hpc.generation.shared_engine import EnginePort, share_engine
 from teams_hpc.generation.unit import UnitRunner
 from teams_hpc.generation.unit_log import UnitLog
 from teams_hpc.generation.usage import unit_number
@@ -33,6 +33,7 @@ from teams_hpc.storage.atomic import naming_disk_faults, read_json, remove_lefto
 from teams_hpc.storage.journal import journal_paths
 from teams_hpc.storage.lease import Lease
 from teams_hpc.storage.run_dir import RunDir, read_manifest
+from teams_hpc.storage.shards import Finish
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.2
@@ -60,7 +61,10 @@ def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> Non
     with naming_disk_faults(run_dir.generate):
         plan = settle_plan(run_dir, config)
         worker = _Worker(run_dir, config, plan, stop)
-        worker.work(first=index * plan.num_units // config.site.num_workers % plan.num_units)
+        try:
+            worker.work(first=index * plan.num_units // config.site.num_workers % plan.num_units)
+        finally:
+            worker.close()
         worker.finish()
 
 
@@ -113,6 +117,12 @@ class _Equipment:
         judge = Reviewer(reviewer, config.reviewer.verdict, Ledger())
         digests = CallDigests.make(expert, config.expert, judge, config.reviewer)
         return cls(expert, reviewer, steering, digests)
+
+    def close(self) -> None:
+        """Close each engine once."""
+        self.expert.close()
+        if self.reviewer is not self.expert and not isinstance(self.reviewer, EnginePort):
+            self.reviewer.close()
 
     def engines(self) -> dict[str, dict[str, object]]:
         return {
@@ -257,7 +267,8 @@ class _Worker:
         Raises:
             EngineError: Says what the engine said.
         """
-        self._has_success |= any(row["completion_tokens"] for row in rows)
+        replied = (Finish.STOP, Finish.LENGTH)
+        self._has_success |= any(row["rewrite_finish"] in replied for row in rows)
         if self._has_success or len(rows) < _ENGINE_IS_DOWN_ROWS or self._published():
             return
         raise EngineError(
@@ -272,6 +283,12 @@ class _Worker:
         kept = f"kept {100 * counts['kept'] / max(1, counts['attempted']):.0f} %"
         self._progress.update(done, self.plan.num_rows, kept)
 
+    def close(self) -> None:
+        """Free what the engines hold."""
+        if self._equipment is not None:
+            self._equipment.close()
+            self._equipment = None
+
     def finish(self) -> None:
         """Write the manifest, unless another worker has; then clear away what is left over."""
         with Lease(self.run_dir.leases / "generate-finish", self.config.site.lease_s) as lease:
@@ -280,23 +297,26 @@ class _Worker:
                 time.sleep(_POLL_S)
             if read_manifest(self.run_dir, "generate") is not None:
                 return
+            self._clear()
             counts = write_outcome(self.run_dir, self.plan, self._digest)
             self._show_progress(counts)
-            self._clear()
+            # Only now: the manifest has counted what late ones among them cost.
+            for path in journal_paths(self.run_dir.journal):
+                path.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         """Remove what killed processes left behind; all units are published."""
-        for path in journal_paths(self.run_dir.journal):
-            path.unlink(missing_ok=True)
         self._budget.clear()
-        for path in self.run_dir.leases.glob("unit-*"):
+        leases = self.run_dir.leases
+        for path in (*leases.glob("unit-*"), leases / "budget"):
             lease = Lease(path, self.config.site.lease_s)
             if lease.acquire():  # its holder is gone
                 lease.release()
         for folder in (self.run_dir.generate, self.run_dir.shards):
             remove_leftovers(folder)
-        for path in self.run_dir.leases.glob(".*unit-*.tmp"):
-            path.unlink(missing_ok=True)
+        for name in ("unit-", "budget", "generate-finish"):
+            for path in leases.glob(f".*{name}*.tmp"):
+                path.unlink(missing_ok=True)
 
     def _budget_error(self) -> BudgetError:
         published = self._published()
