@@ -1,116 +1,216 @@
-"""Checkpoints: a folder of DeepSpeed's files is one only with our manifest, written last.
+"""Checkpoints: written whole, read only if they are what was written and nobody else could.
 
-DeepSpeed's files hold pickles. They are read only if folder and files belong to this user, nobody
-else can write them, and their SHA-256 is that of the manifest.
+    checkpoints/step-000123/
+        manifest.json    step, world size, input digest, state of the run, SHA-256 of every file
+        zero/            what DeepSpeed writes, a part by each process (pickles)
+
+A folder is filled under a temporary name, the manifest last, and then renamed.
 """
 
+import logging
 import os
 import shutil
 import stat
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from teams_hpc.config.digest import file_digest
-from teams_hpc.errors import CorruptFileError, UsageError
-from teams_hpc.runtime.ranks import Ranks
-from teams_hpc.sft.model import publish_folder
-from teams_hpc.storage.atomic import read_json, write_json
+from teams_hpc.errors import CorruptFileError, InputChangedError, UsageError, WorkError
+from teams_hpc.sft.engine import ZeroEngine
+from teams_hpc.sft.folders import (
+    commit_folder,
+    files_below,
+    make_durable,
+    remove_folder,
+    remove_leftover_folders,
+    temporary_folder,
+)
+from teams_hpc.sft.world import World
+from teams_hpc.storage.atomic import naming_disk_faults, read_json, write_json
 
+_SCHEMA = 1
 _MANIFEST = "manifest.json"
-_TAG = "state"
+_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """All that changes while training, but for what DeepSpeed keeps.
+
+    Attributes:
+        step: Optimizer steps done; with the seed it says which rows come next.
+        tokens: Tokens trained on so far, padding left out.
+        first_loss: Of the first step, nats a token.
+        last_loss: Of the last step.
+        held_out_before: Held-out loss of the model before the first step; None without rows.
+        held_out_loss: The last one measured.
+        held_out_step: When that was.
+        threads: CPU threads of each process: resuming uses as many, for equal numbers.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    held_out_before: float | None = None
+    held_out_loss: float | None = None
+    held_out_step: int | None = None
+    threads: int = 1
+
+    def with_held_out(self, loss: float | None) -> "RunState":
+        """After held-out loss was measured at this step."""
+        before = loss if self.step == 0 else self.held_out_before
+        return replace(self, held_out_before=before, held_out_loss=loss, held_out_step=self.step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A checkpoint found on disk, not yet verified."""
 
     folder: Path
-    step: int
     world_size: int
+    digest: str
+    state: RunState
+    files: dict[str, str]
 
 
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
+class CheckpointStore:
+    """The checkpoints of one run; methods are called by all processes together.
 
-
-def save_checkpoint(
-    engine: Any, folder: Path, *, step: int, ranks: Ranks, digest: str, keep: int
-) -> None:
-    """Save the state of all ranks after `step` optimizer steps; keeps the newest `keep`."""
-    temporary = folder / f".{_name(step)}.tmp"
-    if ranks.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(temporary), tag=_TAG, save_latest=False)
-    dist.barrier()
-    if ranks.is_first:
-        files = {
-            str(path.relative_to(temporary)): file_digest(path)
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
-        }
-        content = {"step": step, "world_size": ranks.world_size, "digest": digest, "files": files}
-        write_json(temporary / _MANIFEST, content)
-        publish_folder(temporary, folder / _name(step))
-        for old in _folders(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if (path / _MANIFEST).is_file())
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed save left."""
-    for path in folder.glob(".step-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def newest_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
-    """The newest complete checkpoint made from the same inputs, or None."""
-    for path in reversed(_folders(folder)):
-        manifest = read_json(path / _MANIFEST)
-        if manifest["digest"] == digest:
-            return Checkpoint(folder=path, step=manifest["step"], world_size=manifest["world_size"])
-    return None
-
-
-def load_checkpoint(engine: Any, checkpoint: Checkpoint, ranks: Ranks) -> None:
-    """Put the state of all ranks back.
-
-    Raises:
-        UsageError: It was saved by another number of ranks.
-        CorruptFileError: It is damaged, or somebody else could have written it.
+    Args:
+        folder: Where they are.
+        digest: Input digest of the stage: a checkpoint of other inputs is refused.
+        world: The processes.
+        keep: How many of the newest to keep.
     """
-    if checkpoint.world_size != ranks.world_size:
-        raise UsageError(
-            f"{checkpoint.folder} was saved by {checkpoint.world_size} ranks, this training has "
-            f"{ranks.world_size}; set site.num_sft_ranks={checkpoint.world_size}"
+
+    def __init__(self, folder: Path, digest: str, world: World, keep: int) -> None:
+        self._folder = folder
+        self._digest = digest
+        self._world = world
+        self._keep = keep
+        if world.is_first:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            remove_leftover_folders(folder)
+        world.barrier()
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint that is intact; damaged newer ones are passed over with a warning.
+
+        Raises:
+            InputChangedError: It is of other inputs.
+            UsageError: It was written by another number of processes.
+            WorkError: Somebody else could have written it.
+        """
+        for path in reversed(self._folders()):
+            checkpoint = _read(path)
+            self._refuse_foreign(checkpoint)
+            if self._is_intact(checkpoint):
+                return checkpoint
+            _log.warning("%s is damaged; going on from an earlier checkpoint", path)
+        return None
+
+    def save(self, engine: ZeroEngine, state: RunState) -> None:
+        """Write a checkpoint, then remove those that are too many.
+
+        Raises:
+            WorkError: The disk is full or failing; earlier checkpoints stay.
+        """
+        target = self._folder / f"step-{state.step:06d}"
+        temporary = temporary_folder(target)
+        with naming_disk_faults(target):
+            if self._world.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(mode=0o700)
+            self._world.barrier()
+            engine.save(temporary)
+            self._world.barrier()
+            files = self._sealed(temporary)
+            if self._world.is_first:
+                content = {
+                    "schema": _SCHEMA,
+                    "digest": self._digest,
+                    "world_size": self._world.size,
+                    "state": asdict(state),
+                    "files": files,
+                }
+                write_json(temporary / _MANIFEST, content)
+                commit_folder(temporary, target)
+                for old in self._folders()[: -self._keep]:
+                    remove_folder(old)
+            self._world.barrier()
+        _log.info("checkpoint %s", target)
+
+    def _folders(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        found = self._folder.glob("step-*")
+        return sorted(path for path in found if (path / _MANIFEST).is_file())
+
+    def _mine(self, names: Iterable[str]) -> list[str]:
+        """This process's share of the work on some files."""
+        return sorted(names)[self._world.ranks.rank :: self._world.size]
+
+    def _sealed(self, folder: Path) -> dict[str, str]:
+        """Make every file durable and writable by its owner alone; returns their SHA-256."""
+        digests = {}
+        for name in self._mine(files_below(folder)):
+            path = folder / name
+            path.chmod(0o600)
+            make_durable(path)
+            digests[name] = file_digest(path)
+        return {
+            name: digest for part in self._world.gather(digests) for name, digest in part.items()
+        }
+
+    def _is_intact(self, checkpoint: Checkpoint) -> bool:
+        faults = 0
+        for name in self._mine(checkpoint.files):
+            path = checkpoint.folder / name
+            faults += not path.is_file() or file_digest(path) != checkpoint.files[name]
+        return not any(self._world.gather(faults))
+
+    def _refuse_foreign(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.digest != self._digest:
+            raise InputChangedError(
+                f"{checkpoint.folder} was made from other inputs (model, data or settings); "
+                "start over with --rerun-from sft"
+            )
+        if checkpoint.world_size != self._world.size:
+            raise UsageError(
+                f"{checkpoint.folder} was written by {checkpoint.world_size} processes and can't "
+                f"be continued by {self._world.size}; "
+                f"set site.num_sft_ranks={checkpoint.world_size}, or start over with "
+                "--rerun-from sft"
+            )
+        for path in (self._folder, checkpoint.folder, *checkpoint.folder.rglob("*")):
+            _refuse_writable_by_others(path)
+
+
+def _refuse_writable_by_others(path: Path) -> None:
+    """DeepSpeed's state is pickled: reading it runs what is written there."""
+    found = path.stat()
+    if found.st_uid != os.getuid() or found.st_mode & _OTHERS_MAY_WRITE:
+        raise WorkError(
+            f"{path} belongs to somebody else or can be written by others, and loading a "
+            "checkpoint runs code that is in it; if you trust it, take it over with chown and "
+            "chmod go-w"
         )
-    _check_trust(checkpoint.folder)
-    path, _ = engine.load_checkpoint(str(checkpoint.folder), tag=_TAG)
-    if path is None:
-        raise CorruptFileError(f"DeepSpeed could not load {checkpoint.folder}")
 
 
-def _check_trust(folder: Path) -> None:
-    files = read_json(folder / _MANIFEST)["files"]
-    for path in (folder, folder / _TAG, *(folder / name for name in files)):
-        if not path.exists():
-            raise CorruptFileError(f"{path} is missing; remove {folder} to go back one checkpoint")
-        state = path.stat()
-        if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise CorruptFileError(
-                f"{path} belongs to or can be written by somebody else; it holds pickles and is "
-                "not loaded"
-            )
-    for name, expected in files.items():
-        if file_digest(folder / name) != expected:
-            raise CorruptFileError(
-                f"{folder / name} is damaged; remove {folder} to go back one checkpoint"
-            )
+def _read(folder: Path) -> Checkpoint:
+    path = folder / _MANIFEST
+    content: Any = read_json(path)
+    if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
+        raise CorruptFileError(
+            f"{path} is not a checkpoint's manifest of schema {_SCHEMA}; remove {folder}"
+        )
+    return Checkpoint(
+        folder=folder,
+        world_size=content["world_size"],
+        digest=content["digest"],
+        state=RunState(**content["state"]),
+        files=content["files"],
+    )

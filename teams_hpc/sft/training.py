@@ -1,345 +1,297 @@
-"""The stage `sft`: one supervised fine-tuning over packed rows with raw DeepSpeed."""
+"""The stage `sft`: fine-tune a Llama on the packed data set with DeepSpeed ZeRO.
 
-import json
+All processes run the same code; what only one does stands behind `world.is_first`. The order of
+rows is a function of (seed, epoch, step), so a checkpoint is DeepSpeed's state and a few numbers.
+"""
+
 import logging
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
+from transformers.utils import logging as transformers_logging
 
 from teams_hpc.config import Config, ModelShape
-from teams_hpc.config.digest import file_digest
-from teams_hpc.errors import CorruptFileError, StopRequested, WorkError
+from teams_hpc.errors import RunInUseError, WorkError
 from teams_hpc.runtime.metrics import Progress, append_metrics, read_metrics
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.runtime.ranks import Ranks, read_ranks
-from teams_hpc.sft.attention import check_isolation, choose_attention
-from teams_hpc.sft.checkpointing import (
-    load_checkpoint,
-    newest_checkpoint,
-    remove_unfinished,
-    save_checkpoint,
-)
-from teams_hpc.sft.data import IGNORED, Batch, PackedRows, rows_of_step
-from teams_hpc.sft.deepspeed_config import BatchShape, batch_shape, deepspeed_config
-from teams_hpc.sft.distributed import device_kind, distributed, import_deepspeed
-from teams_hpc.sft.model import build_model, load_model, load_tokenizer, save_model
-from teams_hpc.sft.model_card import model_card
-from teams_hpc.sft.schedule import learning_rate, schedule_steps
-from teams_hpc.storage.atomic import read_json, write_text
+from teams_hpc.sft.attention import Attention, check_isolation, choose_attention
+from teams_hpc.sft.checkpointing import Checkpoint, CheckpointStore, RunState
+from teams_hpc.sft.data import Batch, PackedRows, RowOrder
+from teams_hpc.sft.deepspeed_config import BatchPlan, deepspeed_config, plan_batch
+from teams_hpc.sft.engine import StepResult, ZeroEngine
+from teams_hpc.sft.export import base_card, model_card, model_files, write_model
+from teams_hpc.sft.model import build_model
+from teams_hpc.sft.schedule import Schedule
+from teams_hpc.sft.world import World, default_threads, find_device, joined_world
+from teams_hpc.storage.atomic import read_json, remove_leftovers, replacing
+from teams_hpc.storage.lease import Lease
 from teams_hpc.storage.run_dir import RunDir, read_manifest, write_manifest
 
 _log = logging.getLogger(__name__)
+_LEASE_MARGIN_S = 15.0
 
 
 def train(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
-    """Train to `sft.max_steps` (or the end of the schedule) as one rank of a world.
-
-    Args:
-        run_dir: The run; `dataset` must be done.
-        config: Its configuration.
-        index: Not used: the rank comes from the launcher's environment.
-        stop: Ranks agree on it after every step.
+    """Fine-tune up to `sft.max_steps`, from the last checkpoint if there is one.
 
     Raises:
-        UsageError: The world size doesn't fit the global batch or the checkpoint.
-        WorkError: The model doesn't load, packed sequences mix, the loss is not a number, or
-            memory ran out.
-        StopRequested: Asked to stop; all ranks have saved the same checkpoint.
+        UsageError: The processes can't share the batch, or the checkpoint is of another number.
+        InputChangedError: The checkpoint is of other inputs.
+        WorkError: The model or attention can't be had, sequences aren't kept apart, the loss is
+            not finite, or memory or disk ran out. Checkpoints stay.
+        StopRequested: Asked to stop, on any of the processes; all have written a checkpoint.
     """
-    ranks = read_ranks()
-    batch_shape(config, ranks.world_size)
-    rows = PackedRows(run_dir.packed_rows, "train")
-    if not len(rows):
-        raise WorkError(f"{run_dir.packed_rows} has no rows to train on")
-    total = schedule_steps(config.sft, len(rows))
-    target = min(config.sft.max_steps or total, total)
+    packed = PackedRows.open(run_dir.packed_rows, "train", config.sft.sequence_length)
+    schedule = Schedule.of(config.sft, len(packed))
     manifest = read_manifest(run_dir, "sft")
-    if manifest is not None and manifest["steps"] >= target:
+    if manifest is not None and manifest["steps"] >= schedule.stop_step:
         return
-    with distributed(ranks) as device:
-        try:
-            trainer = _start(run_dir, config, ranks, device, rows, total)
-            trainer.train(target, stop)
-            trainer.finish(target)
-        except torch.cuda.OutOfMemoryError as error:
-            raise WorkError(
-                f"out of GPU memory ({error}); lower sft.micro_batch_rows or "
-                "sft.sequence_length, or set sft.activation_checkpointing, sft.offload_optimizer "
-                "or sft.offload_parameters to true"
-            ) from None
+    ranks, device = read_ranks(), find_device()
+    plan = plan_batch(config.sft, ranks.world_size)
+    attention = choose_attention(config.sft, device)
+    transformers_logging.disable_progress_bar()
+    with _claimed(run_dir, config, ranks), joined_world(ranks, device) as world:
+        _Training(
+            run_dir=run_dir,
+            config=config,
+            world=world,
+            plan=plan,
+            schedule=schedule,
+            attention=attention,
+            packed=packed,
+            stop=stop,
+        ).run()
 
 
-def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases don't."""
-    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    # Under ZeRO-3 a parameter's own shape is empty until gathered; `ds_shape` is the real one.
-    sizes = [len(getattr(value, "ds_shape", value.shape)) for _, value in named]
-    decayed = [value for (_, value), size in zip(named, sizes, strict=True) if size > 1]
-    plain = [value for (_, value), size in zip(named, sizes, strict=True) if size <= 1]
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-
-
-def _start(
-    run_dir: RunDir,
-    config: Config,
-    ranks: Ranks,
-    device: torch.device,
-    rows: PackedRows,
-    total: int,
-) -> "_Trainer":
-    """Build everything, put the newest checkpoint back, and prove that packing is sound."""
-    settings = config.sft
-    attention = choose_attention(settings)
-    tokenizer = load_tokenizer(run_dir)
-    ds_config = deepspeed_config(config, ranks.world_size, device_kind())
-    keep_alive: Any = None
-    if isinstance(settings.model, ModelShape):
-        model = build_model(config, settings.model, tokenizer, attention)
-        if ranks.is_first and not run_dir.base_model.exists():
-            save_model(model, tokenizer, None, run_dir.base_model, "Untrained weights.\n")
-    else:
-        if settings.zero_stage == 3:
-            from transformers.integrations import HfDeepSpeedConfig
-
-            keep_alive = HfDeepSpeedConfig(ds_config)
-        model = load_model(config, settings.model, tokenizer, attention)
-    if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, settings.weight_decay),
-        lr=settings.learning_rate,
-        fused=device.type == "cuda" and not settings.offload_optimizer,
-    )
-    engine, *_ = import_deepspeed().initialize(
-        model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
-    )
-    trainer = _Trainer(
-        run_dir=run_dir,
-        config=config,
-        ranks=ranks,
-        device=device,
-        rows=rows,
-        held_out=PackedRows(run_dir.packed_rows, "held_out"),
-        shape=batch_shape(config, ranks.world_size),
-        total=total,
-        engine=engine,
-        tokenizer=tokenizer,
-        attention=attention,
-        digest=read_json(run_dir.inputs("sft"))["digest"],
-        keep_alive=keep_alive,
-    )
-    trainer.resume()
-    difference = check_isolation(engine.module, rows, device)
-    if difference is not None and ranks.is_first:
-        _log.info("packed sequences are apart: logits differ by at most %.2g", difference)
-    return trainer
+@contextmanager
+def _claimed(run_dir: RunDir, config: Config, ranks: Ranks) -> Iterator[None]:
+    """Keep a second world out: without a launcher's variables each process is a first one."""
+    lease = Lease(run_dir.leases / "sft", config.site.lease_s)
+    with lease if ranks.is_first else nullcontext():
+        if ranks.is_first and not lease.acquire_within(config.site.lease_s + _LEASE_MARGIN_S):
+            raise RunInUseError(
+                f"{run_dir.sft} is being trained by another process; if that is one of this job, "
+                "start them so that RANK and WORLD_SIZE are set"
+            )
+        yield
 
 
 @dataclass(slots=True, kw_only=True)
-class _Trainer:
+class _Training:
+    """One start of the fine-tuning, to its end or to a stop."""
+
     run_dir: RunDir
     config: Config
-    ranks: Ranks
-    device: torch.device
-    rows: PackedRows
-    held_out: PackedRows
-    shape: BatchShape
-    total: int
-    engine: Any
-    tokenizer: Any
-    attention: str
-    digest: str
-    keep_alive: Any
-    step: int = 0
-    _progress: Progress = field(init=False)
-    _note: str = ""
+    world: World
+    plan: BatchPlan
+    schedule: Schedule
+    attention: Attention
+    packed: PackedRows
+    stop: StopFlag
 
-    def __post_init__(self) -> None:
-        path = self.run_dir.progress("sft")
-        self._progress = Progress(path, unit="steps", enabled=self.ranks.is_first)
+    def run(self) -> None:
+        config, run_dir = self.config, self.run_dir
+        digest = read_json(run_dir.inputs("sft"))["digest"]
+        if self.world.is_first:
+            remove_leftovers(run_dir.sft)
+        store = CheckpointStore(
+            run_dir.checkpoints, digest, self.world, config.sft.keep_checkpoints
+        )
+        checkpoint = store.latest()
+        state = checkpoint.state if checkpoint else RunState(threads=self._threads())
+        torch.set_num_threads(state.threads)
+        engine = self._build(checkpoint)
+        check_isolation(engine.logits, self.packed, config.sft.dtype)
+        loop = _Loop(self, engine, store, state)
+        loop.go()
+        self._finish(engine, loop.state, digest)
+        loop.report()
 
-    def resume(self) -> None:
-        """Go back to the newest checkpoint, if there is one."""
-        if self.ranks.is_first:
-            remove_unfinished(self.run_dir.checkpoints)
-        checkpoint = newest_checkpoint(self.run_dir.checkpoints, self.digest)
+    def _threads(self) -> int:
+        """The same for all processes, whatever their own environment says."""
+        return int(min(self.world.gather(default_threads(self.world.ranks))))
+
+    def _build(self, checkpoint: Checkpoint | None) -> ZeroEngine:
+        zero_config = deepspeed_config(self.config, self.world.size, self.world.device)
+        tokenizer = self.run_dir.tokenizer
+        built = build_model(
+            self.config, tokenizer, self.packed.vocab_size, self.attention, zero_config
+        )
+        if (
+            self.world.is_first
+            and isinstance(self.config.sft.model, ModelShape)
+            and not self.run_dir.base_model.exists()
+        ):
+            card = base_card(self.config)
+            write_model(self.run_dir.base_model, built.model, None, tokenizer, card)
+        engine = ZeroEngine(built, self.config, zero_config, self.world, self.attention)
         if checkpoint is not None:
-            load_checkpoint(self.engine, checkpoint, self.ranks)
-            self.step = checkpoint.step
-            if self.ranks.is_first:
-                _log.info("continuing after step %d", self.step)
-        if self.ranks.is_first:
-            path = self.run_dir.sft / "metrics.jsonl"
-            known = [line for line in read_metrics(path) if line["step"] <= self.step > 0]
-            write_text(path, "".join(f"{json.dumps(line)}\n" for line in known))
-        dist.barrier()
+            engine.load(checkpoint.folder)
+            _log.info("going on from step %d", checkpoint.state.step)
+        return engine
 
-    def train(self, target: int, stop: StopFlag) -> None:
-        """Take optimizer steps up to `target`."""
-        settings = self.config.sft
-        self._progress.update(self.step, target)
-        if self.step == 0:
-            self._evaluate()
-        while self.step < target:
-            self._train_step()
-            is_last = self.step == target
-            if is_last or self.step % settings.eval_interval_steps == 0:
-                self._evaluate()
-            wants_stop = self._anyone(stop.is_set)
-            if is_last or wants_stop or self.step % settings.checkpoint_interval_steps == 0:
-                self._save()
-            self._progress.update(self.step, target, self._note)
-            if wants_stop and not is_last:
-                raise StopRequested(
-                    f"stopped on {stop.reason or 'another rank'} after {self.step} of {target} "
-                    "steps; run again to go on"
-                )
+    def _finish(self, engine: ZeroEngine, state: RunState, digest: str) -> None:
+        """Write the model and, last of all, the manifest."""
+        weights = engine.state_dict()
+        if self.world.is_first:
+            run_dir = self.run_dir
+            run_dir.manifest("sft").unlink(missing_ok=True)
+            card = model_card(run_dir, self.config, state, digest)
+            write_model(run_dir.model, engine.model, weights, run_dir.tokenizer, card)
+            num_parameters = sum(weight.numel() for weight in weights.values())
+            write_manifest(run_dir, "sft", self._manifest(state, num_parameters))
+        self.world.barrier()
 
-    def _anyone(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank: all get the same answer."""
-        value = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
-
-    def _micro_batches(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
-        """This rank's share of one optimizer step."""
-        mine = rows[self.ranks.rank :: self.ranks.world_size]
-        for start in range(0, len(mine), self.shape.micro_batch_rows):
-            batch = self.rows.batch(mine[start : start + self.shape.micro_batch_rows])
-            yield batch.to(self.device)
-
-    def _train_step(self) -> None:
-        begin = time.monotonic()
-        settings = self.config.sft
-        self.engine.train()
-        rate = learning_rate(settings, self.step, self.total)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
-        rows = rows_of_step(len(self.rows), settings.global_batch_rows, self.step, self.config.seed)
-        num_targets = max(1, self.rows.num_targets(rows))
-        # DeepSpeed averages over ranks and micro batches; this makes it the mean over tokens.
-        scale = self.shape.world_size * self.shape.accumulation / num_targets
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in self._micro_batches(rows):
-            loss = loss_sum(self.engine, batch)
-            total += loss.detach().double()
-            self.engine.backward(loss * scale)
-            self.engine.step()
-        dist.all_reduce(total)
-        mean = float(total) / num_targets
-        if not math.isfinite(mean):
-            raise WorkError(
-                f"the loss of step {self.step + 1} is {mean}; the last checkpoint is kept; lower "
-                "sft.learning_rate or look at the rows of that step"
-            )
-        self.step += 1
-        self._note = f"loss {mean:.3f}"
-        norm = self.engine.get_global_grad_norm()
-        tokens = settings.global_batch_rows * self.rows.length
-        self._append(
-            {
-                "loss": mean,
-                "lr": rate,
-                "grad_norm": None if norm is None else float(norm),
-                "tokens": tokens,
-                "tokens_per_s": tokens / (time.monotonic() - begin),
-            }
-        )
-
-    @torch.no_grad()
-    def _evaluate(self) -> None:
-        """Token mean of the loss on held-out rows; every rank makes as many passes."""
-        count = len(self.held_out)
-        if not count:
-            return
-        self.engine.eval()
-        per_pass = self.shape.micro_batch_rows * self.ranks.world_size
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for start in range(0, count, per_pass):
-            first = start + self.ranks.rank * self.shape.micro_batch_rows
-            mine = np.arange(first, min(first + self.shape.micro_batch_rows, count))
-            # A rank without rows left passes one anyway: ZeRO-3 gathers weights from all ranks.
-            batch = self.held_out.batch(mine if len(mine) else np.array([0])).to(self.device)
-            loss = loss_sum(self.engine, batch)
-            if len(mine):
-                sums[0] += loss.double()
-                sums[1] += self.held_out.num_targets(mine)
-        dist.all_reduce(sums)
-        mean = float(sums[0] / sums[1].clamp(min=1))
-        self._append({"held_out_loss": mean})
-        self._note += f", held out {mean:.3f}"
-
-    def _append(self, values: dict[str, Any]) -> None:
-        if self.ranks.is_first:
-            append_metrics(self.run_dir.sft / "metrics.jsonl", {"step": self.step, **values})
-
-    def _save(self) -> None:
-        save_checkpoint(
-            self.engine,
-            self.run_dir.checkpoints,
-            step=self.step,
-            ranks=self.ranks,
-            digest=self.digest,
-            keep=self.config.sft.keep_checkpoints,
-        )
-
-    def finish(self, target: int) -> None:
-        """Write the trained model and the manifest."""
-        module = self.engine.module
-        if self.config.sft.zero_stage == 3:
-            weights = self.engine._zero3_consolidated_16bit_state_dict()
-        else:
-            weights = module.state_dict()
-        if self.ranks.is_first:
-            result = self._result()
-            card = model_card(self.run_dir, self.config, result)
-            save_model(module, self.tokenizer, weights, self.run_dir.model, card)
-            names = sorted(path.name for path in self.run_dir.model.iterdir())
-            files = {f"model/{name}": file_digest(self.run_dir.model / name) for name in names}
-            write_manifest(self.run_dir, "sft", {**result, "files": files})
-            self._progress.update(target, target, self._note)
-        dist.barrier()
-
-    def _result(self) -> dict[str, Any]:
-        metrics = list(read_metrics(self.run_dir.sft / "metrics.jsonl"))
-        losses = [line["loss"] for line in metrics if "loss" in line]
-        held_out = [line["held_out_loss"] for line in metrics if "held_out_loss" in line]
-        if len(losses) != self.step:
-            raise CorruptFileError(
-                f"{self.run_dir.sft / 'metrics.jsonl'} has {len(losses)} steps instead of "
-                f"{self.step}; run again with --rerun-from sft"
-            )
+    def _manifest(self, state: RunState, num_parameters: int) -> dict[str, Any]:
         return {
-            "steps": self.step,
-            "schedule_steps": self.total,
-            "first_loss": losses[0],
-            "last_loss": losses[-1],
-            "held_out_loss": {
-                "before": held_out[0] if held_out else None,
-                "after": held_out[-1] if held_out else None,
-            },
+            "steps": state.step,
+            "schedule_steps": self.schedule.num_steps,
+            "tokens": state.tokens,
+            "parameters": num_parameters,
+            "first_loss": state.first_loss,
+            "last_loss": state.last_loss,
+            "held_out_loss": {"before": state.held_out_before, "after": state.held_out_loss},
             "attention": self.attention,
             "dtype": self.config.sft.dtype,
             "zero_stage": self.config.sft.zero_stage,
+            "files": model_files(self.run_dir),
         }
 
 
-def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
-    """Sum over response tokens of the negative log-likelihood (nats), in float32."""
-    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1),
-        batch.labels[:, 1:].flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )
+class _Loop:
+    """Steps from `state` to the end of the schedule's part that was asked for."""
+
+    def __init__(
+        self, training: _Training, engine: ZeroEngine, store: CheckpointStore, state: RunState
+    ) -> None:
+        self.state = state
+        self._training = training
+        self._sft = training.config.sft
+        self._world = training.world
+        self._schedule = training.schedule
+        self._engine = engine
+        self._store = store
+        self._saved_step = state.step
+        self._order = RowOrder(len(training.packed), training.config.seed)
+        run_dir = training.run_dir
+        self._held_out = PackedRows.open(run_dir.packed_rows, "held_out", self._sft.sequence_length)
+        self._metrics = run_dir.sft / "metrics.jsonl"
+        self._progress = Progress(
+            run_dir.progress("sft"), unit="steps", enabled=self._world.is_first
+        )
+
+    @property
+    def _stop_step(self) -> int:
+        """Where to end; a checkpoint beyond `sft.max_steps` is not taken back."""
+        return max(self._schedule.stop_step, self.state.step)
+
+    def go(self) -> None:
+        """Train; at the end held-out loss is measured and a checkpoint is there."""
+        self._forget_later_metrics()
+        if self.state.step == 0:
+            self._measure_held_out()
+            self._append({"step": 0, "held_out_loss": self.state.held_out_loss})
+        while self.state.step < self._stop_step:
+            self.report()
+            self._step()
+            if self._is_due(self._sft.checkpoint_interval_steps):
+                self._save()
+        if self.state.held_out_step != self.state.step:
+            self._measure_held_out()
+        self._save()
+
+    def report(self) -> None:
+        """Say how far it is."""
+        losses = {"loss": self.state.last_loss, "held-out": self.state.held_out_loss}
+        message = ", ".join(f"{name} {x:.2f}" for name, x in losses.items() if x is not None)
+        self._progress.update(self.state.step, self._stop_step, message)
+
+    def _step(self) -> None:
+        start = time.monotonic()
+        step = self.state.step
+        batch = self._own_rows(step)
+        loss_tokens, tokens, stops = self._world.sum(
+            batch.num_loss_tokens, batch.num_tokens, float(self._training.stop.is_set)
+        )
+        if stops:
+            self._stop()
+        rate = self._schedule.learning_rate(step)
+        result = self._engine.step(batch, loss_tokens, rate)
+        self._refuse_not_finite(result)
+        seconds = time.monotonic() - start
+        self.state = replace(
+            self.state,
+            step=step + 1,
+            tokens=self.state.tokens + int(tokens),
+            first_loss=result.loss if step == 0 else self.state.first_loss,
+            last_loss=result.loss,
+        )
+        line = {
+            "step": step + 1,
+            "loss": result.loss,
+            "lr": rate,
+            "grad_norm": result.grad_norm,
+            "tokens": self.state.tokens,
+            "loss_tokens": int(loss_tokens),
+            "tokens_per_s": tokens / seconds,
+        }
+        if self._is_due(self._sft.eval_interval_steps) or step + 1 == self._stop_step:
+            self._measure_held_out()
+            line["held_out_loss"] = self.state.held_out_loss
+        self._append(line)
+
+    def _own_rows(self, step: int) -> Batch:
+        plan = self._training.plan
+        rows = self._order.rows(step * self._sft.global_batch_rows, self._sft.global_batch_rows)
+        first = self._world.ranks.rank * plan.rank_rows
+        return self._training.packed.read(rows[first : first + plan.rank_rows])
+
+    def _is_due(self, interval: int) -> bool:
+        return self.state.step % interval == 0
+
+    def _stop(self) -> None:
+        self._save()
+        stop = self._training.stop
+        stop.reason = stop.reason or "the wish of another process"
+        stop.raise_if_set(f"{self.state.step} of {self._stop_step} steps")
+
+    def _refuse_not_finite(self, result: StepResult) -> None:
+        if result.is_finite:
+            return
+        step = self.state.step
+        rows = self._order.rows(step * self._sft.global_batch_rows, self._sft.global_batch_rows)
+        shown = ", ".join(str(row) for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
+        raise WorkError(
+            f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; packed rows "
+            f"{shown}. The checkpoint of step {self._saved_step} is kept. Lower sft.learning_rate "
+            "or raise sft.warmup_steps, and start over with --rerun-from sft"
+        )
+
+    def _measure_held_out(self) -> None:
+        self.state = self.state.with_held_out(self._engine.mean_loss(self._held_out))
+
+    def _save(self) -> None:
+        if self.state.step != self._saved_step:
+            self._store.save(self._engine, self.state)
+            self._saved_step = self.state.step
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._world.is_first:
+            append_metrics(self._metrics, line)
+
+    def _forget_later_metrics(self) -> None:
+        """Drop lines beyond the checkpoint, which will be written again, and a torn last one."""
+        if not self._world.is_first or not self._metrics.exists():
+            return
+        kept = [line for line in read_metrics(self._metrics) if line["step"] <= self.state.step]
+        if self.state.step == 0:
+            kept = []
+        with replacing(self._metrics) as temporary:
+            temporary.touch()
+            for line in kept:
+                append_metrics(temporary, line)
