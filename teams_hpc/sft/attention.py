@@ -1,91 +1,135 @@
-"""Which attention is used, and the proof that packed sequences don't see each other."""
+"""Which attention is used, and whether it keeps the sequences of a packed row apart.
 
-import importlib.util
+Packed sequences are told apart by their position ids alone: an attention mask or a key-value cache
+would switch that off without a word (facts of transformers 5.23). Hence the check at the start.
+"""
+
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from transformers.utils import is_flash_attn_2_available
 
 from teams_hpc.config.schema import SftConfig
 from teams_hpc.errors import WorkError
 from teams_hpc.sft.data import Batch, PackedRows
 
+Attention = Literal["flash_attention_2", "sdpa"]
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Logits (rows, length, vocabulary) of token ids and position ids, both (rows, length)."""
+
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+_SEARCHED_ROWS = 256
+_CHECKED_ROWS = 2
+_CHECKED_SEQUENCES = 3
 _log = logging.getLogger(__name__)
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
-def choose_attention(settings: SftConfig) -> str:
-    """The attention implementation: the one named, or for `auto` the fastest that is there.
+def choose_attention(sft: SftConfig, device: str) -> Attention:
+    """The attention to use; `auto` takes flash attention where it can run.
 
     Raises:
-        WorkError: flash_attention_2 is named, but can't be had.
+        WorkError: `flash_attention_2` was asked for by name and can't run here.
     """
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    has_gpu = torch.cuda.is_available()
-    if settings.attention == "flash_attention_2" and not (has_flash and has_gpu):
-        missing = "the package flash-attn (extra 'flash')" if not has_flash else "a CUDA GPU"
+    lacking = _lacking_for_flash(sft, device)
+    if sft.attention == "sdpa" or (sft.attention == "auto" and lacking):
+        if lacking and sft.attention == "auto":
+            _log.info("sft.attention: auto takes sdpa, because %s", lacking)
+        return "sdpa"
+    if lacking:
         raise WorkError(
-            f"sft.attention=flash_attention_2 needs {missing}; install it or set sft.attention=sdpa"
+            f"sft.attention: flash_attention_2 can't be used, because {lacking}; "
+            "mend that, or set sft.attention=sdpa"
         )
-    if settings.attention != "auto":
-        return settings.attention
-    use_flash = has_flash and has_gpu and settings.dtype == "bfloat16"
-    chosen = "flash_attention_2" if use_flash else "sdpa"
-    _log.info("sft.attention=auto takes %s", chosen)
-    return chosen
+    _log.info("sft.attention: %s takes flash_attention_2", sft.attention)
+    return "flash_attention_2"
 
 
-def _row_with_several(rows: PackedRows) -> int | None:
-    """The first row that holds more than one sequence."""
-    for row in range(len(rows)):
-        sequences = rows.columns["sequence_ids"][row]
-        if len(np.unique(sequences[sequences >= 0])) > 1:
-            return row
+def _lacking_for_flash(sft: SftConfig, device: str) -> str | None:
+    if device != "cuda":
+        return "there is no CUDA device"
+    if not is_flash_attn_2_available():
+        return "the package flash-attn is not installed (extra 'flash')"
+    if sft.dtype == "float32":
+        return "sft.dtype is float32 and flash attention computes in bfloat16 only"
     return None
 
 
-@torch.no_grad()
-def check_isolation(model: Any, rows: PackedRows, device: torch.device) -> float | None:
-    """Compare a packed row with its sequences alone.
+def packed_logits(
+    model: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, attention: Attention
+) -> torch.Tensor:
+    """Logits of packed rows, sequence by sequence.
 
-    Without a mask and without a cache, transformers keeps sequences apart by their position ids;
-    both ways to get that wrong are silent, so it is checked before every training. Every rank
-    takes part, because ZeRO-3 gathers parameters.
+    Flash attention looks at position ids only where there is a single row (transformers 5.23), so
+    rows are joined to one for it.
+
+    Args:
+        model: A causal model or DeepSpeed engine.
+        input_ids: Tokens, int64 (rows, length).
+        position_ids: Positions, int64 (rows, length).
+        attention: What the model was built with.
 
     Returns:
-        Largest difference of a logit; None if no row holds two sequences.
+        Logits, (rows, length, vocabulary).
+    """
+    shape = input_ids.shape
+    if attention == "flash_attention_2":
+        input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
+    logits: torch.Tensor = model(
+        input_ids=input_ids, position_ids=position_ids, use_cache=False
+    ).logits
+    return logits.view(*shape, -1)
+
+
+def check_isolation(forward: Forward, packed: PackedRows, dtype: str) -> float:
+    """Compare packed rows with their sequences one at a time.
+
+    Args:
+        forward: The model as it is trained.
+        packed: Rows to take the most crowded from.
+        dtype: `float32` or `bfloat16`, what the model computes in.
+
+    Returns:
+        Largest difference of two logits; 0.0 where no row holds two sequences.
 
     Raises:
-        WorkError: They differ.
+        WorkError: Sequences see each other; training on them would be wrong.
     """
-    row = _row_with_several(rows)
-    if row is None:
-        return None
-    sequences = rows.columns["sequence_ids"][row]
-    names = [name for name in dict.fromkeys(sequences.tolist()) if name >= 0][:3]
-    batch = rows.batch(np.array([row])).to(device)
-    packed = _logits(model, batch)
-    worst = 0.0
-    for name in names:
-        here = torch.from_numpy(np.flatnonzero(sequences == name)).to(device)
-        length = len(here)
-        alone = Batch(
-            batch.input_ids[:, here],
-            batch.labels[:, here],
-            torch.arange(length, device=device)[None],
-        )
-        difference = (packed[:, here] - _logits(model, alone)).abs().max()
-        worst = max(worst, float(difference))
-    limit = _TOLERANCE[next(model.parameters()).dtype]
-    if not worst <= limit:
+    batch = _crowded_rows(packed)
+    together = forward(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.position_ids))
+    difference = scale = 0.0
+    for row in range(len(batch)):
+        for start, stop in _sequence_bounds(batch.sequence_ids[row])[:_CHECKED_SEQUENCES]:
+            alone = forward(
+                torch.from_numpy(batch.input_ids[row : row + 1, start:stop]),
+                torch.from_numpy(batch.position_ids[row : row + 1, start:stop]),
+            )
+            there = together[row, start:stop].float()
+            difference = max(difference, float((there - alone[0].float()).abs().max()))
+            scale = max(scale, float(alone.abs().max()))
+    if not difference <= _TOLERANCE[dtype] * max(scale, 1e-6):
         raise WorkError(
-            f"packed sequences see each other: logits differ by {worst:.3g} (at most {limit} is "
-            "allowed); this attention and this version of transformers can't train on packed rows"
+            f"sft.attention: sequences packed into one row see each other: their logits differ by "
+            f"{difference:.3g} from those of the same sequences alone (largest logit {scale:.3g}); "
+            "training on them would be wrong. Set sft.attention=sdpa, and use the versions of "
+            "torch and transformers that pyproject.toml names"
         )
-    return worst
+    _log.info("packed sequences are kept apart: logits differ by at most %.3g", difference)
+    return difference
 
 
-def _logits(model: Any, batch: Batch) -> torch.Tensor:
-    output = model(input_ids=batch.input_ids, position_ids=batch.position_ids)
-    return torch.as_tensor(output.logits).float()
+def _crowded_rows(packed: PackedRows) -> Batch:
+    """The rows with the most sequences among the first, most crowded first."""
+    batch = packed.read(np.arange(min(len(packed), _SEARCHED_ROWS)))
+    crowd = np.array([len(_sequence_bounds(ids)) for ids in batch.sequence_ids])
+    return packed.read(np.argsort(-crowd, kind="stable")[:_CHECKED_ROWS])
+
+
+def _sequence_bounds(sequence_ids: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Start and end of each sequence of one row, padding left out."""
+    edges = np.flatnonzero(np.diff(sequence_ids)) + 1
+    bounds = zip([0, *edges.tolist()], [*edges.tolist(), len(sequence_ids)], strict=True)
+    return [(start, stop) for start, stop in bounds if sequence_ids[start] >= 0]

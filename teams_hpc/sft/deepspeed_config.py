@@ -1,68 +1,112 @@
-"""The DeepSpeed configuration of a run, generated: users never write its batch keys.
+"""What DeepSpeed is told, made from our configuration; needs neither torch nor DeepSpeed.
 
-Imports neither torch nor DeepSpeed, so that a login node can print it.
+Its batch keys are generated: `sft.global_batch_rows` is what a result depends on, the micro batch
+is as large as allowed, and gradient accumulation follows from the number of processes.
 """
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from teams_hpc.config import Config
+from teams_hpc.config.schema import SftConfig
 from teams_hpc.errors import UsageError
 
-Device = Literal["cpu", "cuda"]
+_NEVER = 2**31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchShape:
-    """How one optimizer step is split: world x accumulation x micro = `sft.global_batch_rows`."""
+class BatchPlan:
+    """How the packed rows of one optimizer step are divided.
+
+    Attributes:
+        world_size: Processes.
+        micro_rows: Rows of one forward pass of one process.
+        accumulation_steps: Forward passes of one process for each optimizer step.
+    """
 
     world_size: int
-    micro_batch_rows: int
-    accumulation: int
+    micro_rows: int
+    accumulation_steps: int
+
+    @property
+    def rank_rows(self) -> int:
+        """Rows of one process for each optimizer step."""
+        return self.micro_rows * self.accumulation_steps
 
 
-def batch_shape(config: Config, world_size: int) -> BatchShape:
-    """Split the global batch over ranks; the micro batch is the largest that fits and divides.
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def plan_batch(sft: SftConfig, world_size: int) -> BatchPlan:
+    """Divide the global batch over processes and forward passes.
 
     Raises:
-        UsageError: The world size doesn't divide the global batch; names those that do.
+        UsageError: The processes can't have equal shares; names the numbers that can.
     """
-    total = config.sft.global_batch_rows
-    if total % world_size:
-        sizes = [str(size) for size in range(1, total + 1) if total % size == 0]
+    rows = sft.global_batch_rows
+    if rows % world_size:
+        fitting = ", ".join(map(str, _divisors(rows)))
         raise UsageError(
-            f"sft.global_batch_rows={total} can't be split over {world_size} ranks; "
-            f"set site.num_sft_ranks to one of {', '.join(sizes)}"
+            f"sft.global_batch_rows: {rows} rows can't be shared equally by {world_size} "
+            f"processes; set site.num_sft_ranks to one of {fitting}, "
+            f"or sft.global_batch_rows to a multiple of {world_size}"
         )
-    rows = total // world_size
-    micro = max(n for n in range(1, config.sft.micro_batch_rows + 1) if rows % n == 0)
-    return BatchShape(world_size=world_size, micro_batch_rows=micro, accumulation=rows // micro)
+    rank_rows = rows // world_size
+    micro_rows = max(size for size in _divisors(rank_rows) if size <= sft.micro_batch_rows)
+    return BatchPlan(
+        world_size=world_size, micro_rows=micro_rows, accumulation_steps=rank_rows // micro_rows
+    )
 
 
-def deepspeed_config(config: Config, world_size: int, device: Device) -> dict[str, Any]:
-    """What is passed to `deepspeed.initialize`.
+def deepspeed_config(
+    config: Config, world_size: int, device: Literal["cpu", "cuda"]
+) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`.
 
-    The loss handed to DeepSpeed is scaled so that its mean over ranks and micro batches is the
-    mean over all response tokens of the step; hence no `prescale_gradients` or the like here.
+    On a CPU nothing is offloaded: all is in host memory already, and DeepSpeed's offloading would
+    only copy it within.
+
+    Args:
+        config: The run's configuration.
+        world_size: Processes.
+        device: What the processes compute on.
+
+    Raises:
+        UsageError: The batch can't be divided.
     """
-    settings = config.sft
-    shape = batch_shape(config, world_size)
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
-    if settings.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
-    if settings.zero_stage == 3:
+    sft = config.sft
+    batch = plan_batch(sft, world_size)
+    zero: dict[str, Any] = {
+        "stage": sft.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": device == "cuda",
+    }
+    if sft.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-        if settings.offload_parameters:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": device == "cuda"}
+    if device == "cuda":
+        zero |= _offload(sft)
     return {
-        "train_batch_size": settings.global_batch_rows,
-        "train_micro_batch_size_per_gpu": shape.micro_batch_rows,
-        "gradient_accumulation_steps": shape.accumulation,
-        "gradient_clipping": settings.grad_clip,
-        "bf16": {"enabled": settings.dtype == "bfloat16"},
+        "train_batch_size": sft.global_batch_rows,
+        "train_micro_batch_size_per_gpu": batch.micro_rows,
+        "gradient_accumulation_steps": batch.accumulation_steps,
+        "gradient_clipping": sft.grad_clip,
+        "bf16": {"enabled": sft.dtype == "bfloat16"},
+        # Summing many bfloat16 gradients in bfloat16 loses the small ones.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
+        # Ours is torch's AdamW, on every device: DeepSpeed's own would be compiled at first use.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
+        "steps_per_print": _NEVER,
     }
+
+
+def _offload(sft: SftConfig) -> dict[str, Any]:
+    where = {"device": "cpu", "pin_memory": True}
+    offload: dict[str, Any] = {}
+    if sft.offload_optimizer:
+        offload["offload_optimizer"] = where
+    if sft.offload_parameters and sft.zero_stage == 3:
+        offload["offload_param"] = where
+    return offload

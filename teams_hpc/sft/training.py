@@ -231,7 +231,7 @@ class _Loop:
             first_loss=result.loss if step == 0 else self.state.first_loss,
             last_loss=result.loss,
         )
-        line = {
+        line: dict[str, Any] = {
             "step": step + 1,
             "loss": result.loss,
             "lr": rate,
