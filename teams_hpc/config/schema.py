@@ -153,6 +153,15 @@ class PolicyConfig(Section):
     )
     num_bootstrap: Annotated[int, Field(ge=100)] = 2000
 
+    @model_validator(mode="after")
+    def _has_advantages_to_compare(self) -> "PolicyConfig":
+        if self.num_envs * self.episode_length < 2:
+            raise ValueError(
+                "num_envs 1 and episode_length 1 give one step a rollout, of which nothing can be "
+                "learnt; raise num_envs"
+            )
+        return self
+
 
 class GenerateConfig(Section):
     """Generation: chains of rewriting steps through the expert."""
