@@ -242,7 +242,8 @@ def main() -> None:
     """Entry point: run a command, turn errors into one message and an exit code."""
     code = 0
     try:
-        app(standalone_mode=False)
+        # Asked not to exit, click returns the code of a `typer.Exit` instead of raising it.
+        code = app(standalone_mode=False) or 0
     except typer.Exit as exit_request:
         code = exit_request.exit_code
     except TeamsError as error:
