@@ -1,0 +1,148 @@
+"""The transformers engine on small random Llamas: exact in any batch, scored like a plain model."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from teams_hpc.config import TransformersEngineConfig
+from teams_hpc.errors import EngineError
+from teams_hpc.llm.base import Completion, Message, Request, ScoreRequest, Task, complete_all
+from teams_hpc.llm.load import load_engines
+from teams_hpc.llm.transformers_engine import TransformersEngine
+
+TASK = Task(kind="answer", instruction="")
+TEXTS = [f"Say something about {'very ' * (n % 7)}large number {n}." for n in range(24)]
+
+
+def settings(folder: Path, **values: Any) -> TransformersEngineConfig:
+    values = {"dtype": "float32", "batching": "fixed", "max_tokens": 12, "threads": 1} | values
+    return TransformersEngineConfig(model=folder, device="cpu", **values)
+
+
+def request(number: int, text: str) -> Request:
+    message = Message(role="user", content=text)
+    return Request(id=f"r{number:03d}", messages=(message,), task=TASK, seed=number)
+
+
+REQUESTS = [request(number, text) for number, text in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_llama_chat"])
+def test_a_completion_does_not_depend_on_its_batch(
+    model: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(model)
+    alone: list[Completion] = []
+    engine = TransformersEngine(settings(folder))
+    assert engine.exactness == "exact"
+    for one in REQUESTS:
+        alone += complete_all(engine, [one])
+    together = complete_all(engine, REQUESTS)
+    small = TransformersEngine(settings(folder, batch_size=5, batching="refill"))
+    refilled = complete_all(small, REQUESTS[::-1])[::-1]
+    assert alone == together == refilled
+    assert small.exactness == "statistical"
+    assert len({completion.text for completion in alone}) > 20
+    other_seeds = [request_with_seed(one, one.seed + 1000) for one in REQUESTS]
+    assert [c.text for c in complete_all(engine, other_seeds)] != [c.text for c in alone]
+
+
+def request_with_seed(one: Request, seed: int) -> Request:
+    return Request(id=one.id, messages=one.messages, task=one.task, seed=seed)
+
+
+def test_greedy_equals_generate(tiny_llama_chat: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_chat)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_chat, dtype=torch.float32)
+    engine = TransformersEngine(settings(tiny_llama_chat, temperature=0.0))
+    for one, completion in zip(REQUESTS, complete_all(engine, REQUESTS), strict=True):
+        turns = [{"role": "user", "content": one.messages[0].content}]
+        ids = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        found = model.generate(**ids, do_sample=False, max_new_tokens=12, pad_token_id=2)
+        text = tokenizer.decode(found[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert completion.text == text
+        assert completion.prompt_tokens == ids["input_ids"].shape[1]
+
+
+def test_sampling_follows_the_models_distribution(tiny_llama: Path) -> None:
+    """First tokens of many seeds against the softmax of a plain forward pass."""
+    engine = TransformersEngine(
+        settings(tiny_llama, max_tokens=1, temperature=1.0, top_p=1.0, batch_size=500)
+    )
+    same = [Request(id=f"{n:05d}", messages=REQUESTS[0].messages, task=TASK, seed=n)
+            for n in range(4000)]  # fmt: skip
+    texts = [completion.text for completion in complete_all(engine, same)]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    ids = tokenizer(f"{TEXTS[0]}\n\nAnswer:", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = model(ids).logits[0, -1].softmax(-1)
+    by_text: Counter[str] = Counter()
+    for token, share in enumerate(expected.tolist()):  # several byte tokens read alike
+        by_text[tokenizer.decode([token], skip_special_tokens=True)] += share
+    for text, share in by_text.most_common(5):
+        assert texts.count(text) / len(texts) == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_llama_chat"])
+def test_scores_equal_a_plain_forward_pass(model: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(model)
+    engine = TransformersEngine(settings(folder, batch_size=4))
+    options = ("Equal", "Not Equal")
+    asked = [
+        ScoreRequest(messages=one.messages, task=TASK, options=options) for one in REQUESTS[:9]
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for one, score in zip(asked, engine.score(asked), strict=True):
+        content = one.messages[0].content
+        prompt = f"<|user|>{content}</s><|assistant|>"
+        separator = ""
+        if tokenizer.chat_template is None:
+            prompt, separator = f"{content}\n\nAnswer:", " "
+        start = len(tokenizer(prompt)["input_ids"])
+        for option, found in zip(options, score.log_probabilities, strict=True):
+            ids = [*tokenizer(f"{prompt}{separator}{option}")["input_ids"], 1]
+            with torch.no_grad():
+                logits = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
+            expected = sum(float(logits[i - 1, ids[i]]) for i in range(start, len(ids)))
+            assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_replies_end_at_the_limit_or_at_a_stop_token(tiny_llama: Path) -> None:
+    engine = TransformersEngine(settings(tiny_llama, max_tokens=400, temperature=1.0, top_p=1.0))
+    done = complete_all(engine, REQUESTS)
+    assert {completion.finish_reason for completion in done} == {"stop", "length"}
+    for completion in done:
+        assert completion.completion_tokens <= 400
+        assert (completion.finish_reason == "length") == (completion.completion_tokens == 400)
+        assert "</s>" not in completion.text
+
+
+def test_a_prompt_that_is_too_long_fails_alone(tiny_llama: Path) -> None:
+    engine = TransformersEngine(settings(tiny_llama))
+    done = complete_all(engine, [request(0, "word " * 3000), REQUESTS[1]])
+    assert done[0].finish_reason == "error"
+    assert "1024 positions" in done[0].error
+    assert done[1].finish_reason != "error"
+
+
+def test_equal_settings_share_one_model(tiny_llama: Path) -> None:
+    first, second, third = load_engines(
+        settings(tiny_llama), settings(tiny_llama), settings(tiny_llama, max_tokens=3)
+    )
+    assert first is second
+    assert third is not first
+
+
+def test_a_folder_without_weights_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
+    with pytest.raises(EngineError, match="can't load the model in"):
+        TransformersEngine(settings(tmp_path))

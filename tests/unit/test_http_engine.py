@@ -1,0 +1,135 @@
+"""The http engine against a real server that misbehaves."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from chat_server import ChatServer, chat_server
+
+from teams_hpc.config import HttpEngineConfig
+from teams_hpc.errors import EngineError
+from teams_hpc.llm.base import Message, Request, Task, complete_all
+from teams_hpc.llm.http_engine import HttpEngine
+
+TASK = Task(kind="answer", instruction="")
+KEY = "sk-very-secret-4711"
+
+
+@pytest.fixture(autouse=True)
+def quick_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teams_hpc.llm.http_engine._FIRST_PAUSE_S", 0.005)
+
+
+def requests(count: int) -> list[Request]:
+    return [
+        Request(
+            id=f"r{n}", messages=(Message(role="user", content=f"prompt {n}"),), task=TASK, seed=n
+        )
+        for n in range(count)
+    ]
+
+
+@contextmanager
+def engine_for(server: ChatServer, **values: Any) -> Iterator[HttpEngine]:
+    values = {"max_concurrency": 4, "timeout_s": 5.0} | values
+    engine = HttpEngine(HttpEngineConfig(base_url=server.url, model="m", **values))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def test_every_request_is_answered_once_whatever_the_server_does() -> None:
+    faults = ("429", "500", "torn", "ok", "drop", "503", "wrong", "ok")
+    server = ChatServer(behave=lambda number: faults[number % 8] if number < 80 else "ok")
+    with chat_server(server), engine_for(server, max_retries=20) as engine:
+        done = complete_all(engine, requests(60))
+        assert engine.num_pending == 0
+    assert [c.text for c in done] == [f"echo: prompt {n}" for n in range(60)]
+    assert sorted(server.answered) == sorted(f"prompt {n}" for n in range(60))
+    assert {(c.finish_reason, c.prompt_tokens, c.completion_tokens) for c in done} == {
+        ("stop", 7, 3)
+    }
+
+
+def test_no_more_calls_at_a_time_than_allowed() -> None:
+    server = ChatServer(delay_s=0.02)
+    with chat_server(server), engine_for(server, max_concurrency=3) as engine:
+        complete_all(engine, requests(24))
+    assert server.peak == 3
+
+
+def test_sampling_and_key_are_sent_and_the_key_is_told_to_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+    server = ChatServer(behave=lambda number: "ok" if number < 2 else "401")
+    with chat_server(server), engine_for(server, api_key_env="MY_KEY", top_p=0.5) as engine:
+        complete_all(engine, requests(2))
+        with pytest.raises(EngineError, match="refuses the key") as caught:
+            complete_all(engine, requests(1))
+    assert server.keys == [f"Bearer {KEY}"] * 3
+    assert server.bodies[1]["seed"] in (0, 1)
+    assert (server.bodies[0]["top_p"], server.bodies[0]["model"]) == (0.5, "m")
+    assert "MY_KEY" in str(caught.value)
+    assert KEY not in str(caught.value) + caplog.text
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(EngineError, match="NO_SUCH_KEY is not set"):
+        HttpEngine(HttpEngineConfig(base_url="http://x/v1", model="m", api_key_env="NO_SUCH_KEY"))
+
+
+def test_a_wrong_model_or_address_ends_the_work() -> None:
+    server = ChatServer(behave=lambda number: "404")
+    with (
+        chat_server(server),
+        engine_for(server) as engine,
+        pytest.raises(EngineError, match="check base_url"),
+    ):
+        complete_all(engine, requests(1))
+
+
+def test_a_bad_request_fails_alone() -> None:
+    server = ChatServer(behave=lambda number: "400" if number == 0 else "ok")
+    with chat_server(server), engine_for(server, max_concurrency=1) as engine:
+        done = complete_all(engine, requests(3))
+    assert sorted(c.finish_reason for c in done) == ["error", "stop", "stop"]
+    assert len(server.bodies) == 3
+
+
+def test_retries_end_and_say_so() -> None:
+    server = ChatServer(behave=lambda number: "500")
+    with chat_server(server), engine_for(server, max_retries=2) as engine:
+        (done,) = complete_all(engine, requests(1))
+    assert done.finish_reason == "error"
+    assert "answered 500 (3 attempts" in done.error
+    assert len(server.bodies) == 3
+
+
+def test_nobody_there_is_an_error_completion_not_a_hang() -> None:
+    with chat_server(ChatServer()) as gone:
+        pass
+    with engine_for(gone, max_retries=1, timeout_s=1.0) as engine:
+        (done,) = complete_all(engine, requests(1))
+    assert "no reply from" in done.error
+
+
+def test_a_slow_server_times_out_and_is_asked_again() -> None:
+    slow = iter([0.5, 0.0])
+    server = ChatServer()
+
+    def behave(number: int) -> str:
+        import time
+
+        time.sleep(next(slow))
+        return "ok"
+
+    server.behave = behave
+    with chat_server(server), engine_for(server, timeout_s=0.2, max_retries=2) as engine:
+        (done,) = complete_all(engine, requests(1))
+    assert done.text == "echo: prompt 0"
+    assert len(server.bodies) == 2
