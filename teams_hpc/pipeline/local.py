@@ -61,7 +61,13 @@ def run_pipeline(
     run_dir = RunDir(config.resolved_run_dir)
     if rerun_from is not None:
         find_stage(config, rerun_from)
-    run_dir.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        run_dir.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UsageError(
+            f"run_dir: can't make {run_dir.root} ({error.strerror}); set run_dir=PATH to a folder "
+            "of yours"
+        ) from None
     lease = Lease(run_dir.leases / "run", config.site.lease_s)
     with lease:
         if not lease.acquire():
