@@ -6,6 +6,7 @@ from typing import Any
 
 from teams_hpc.config import Config
 from teams_hpc.errors import WorkError
+from teams_hpc.evaluation.losses import device_and_dtype
 
 
 def run_benchmarks(config: Config, models: dict[str, Path]) -> dict[str, Any]:
@@ -32,19 +33,24 @@ def run_benchmarks(config: Config, models: dict[str, Path]) -> dict[str, Any]:
     except ImportError:
         raise WorkError("evaluate.lm_eval_tasks needs lm-eval: install the extra 'eval'") from None
     include = str(settings.lm_eval_path) if settings.lm_eval_path else None
-    manager = TaskManager(include_path=include)
+    # The harness's own thousands of tasks are indexed only if one of them is asked for.
+    manager = TaskManager(include_path=include, include_defaults=include is None)
+    if not set(settings.lm_eval_tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=include)
     unknown = [task for task in settings.lm_eval_tasks if task not in manager.all_tasks]
     if unknown:
         raise WorkError(
             f"evaluate.lm_eval_tasks: no task {', '.join(unknown)}; "
             "give the folder with its YAML as evaluate.lm_eval_path"
         )
+    device, dtype = device_and_dtype()
     scores = {}
     for name, folder in models.items():
         try:
             found = simple_evaluate(
                 model="hf",
-                model_args={"pretrained": str(folder), "dtype": "float32"},
+                model_args={"pretrained": str(folder), "dtype": str(dtype).removeprefix("torch.")},
+                device=device,
                 tasks=list(settings.lm_eval_tasks),
                 task_manager=manager,
                 num_fewshot=settings.lm_eval_num_fewshot,
