@@ -100,7 +100,7 @@ def check_isolation(forward: Forward, packed: PackedRows, dtype: str) -> float:
     """
     batch = _crowded_rows(packed)
     together = forward(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.position_ids))
-    difference = scale = 0.0
+    differences, scales = [0.0], [0.0]
     for row in range(len(batch)):
         for start, stop in _sequence_bounds(batch.sequence_ids[row])[:_CHECKED_SEQUENCES]:
             alone = forward(
@@ -108,8 +108,10 @@ def check_isolation(forward: Forward, packed: PackedRows, dtype: str) -> float:
                 torch.from_numpy(batch.position_ids[row : row + 1, start:stop]),
             )
             there = together[row, start:stop].float()
-            difference = max(difference, float((there - alone[0].float()).abs().max()))
-            scale = max(scale, float(alone.abs().max()))
+            differences.append(float((there - alone[0].float()).abs().max()))
+            scales.append(float(alone.abs().max()))
+    # numpy's maximum is NaN if anything is; Python's depends on the order.
+    difference, scale = float(np.max(differences)), float(np.max(scales))
     if not difference <= _TOLERANCE[dtype] * max(scale, 1e-6):
         raise WorkError(
             f"sft.attention: sequences packed into one row see each other: their logits differ by "

@@ -14,11 +14,10 @@ import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from teams_hpc.config.digest import file_digest
 from teams_hpc.errors import CorruptFileError, InputChangedError, UsageError, WorkError
-from teams_hpc.sft.engine import ZeroEngine
 from teams_hpc.sft.folders import (
     commit_folder,
     files_below,
@@ -34,6 +33,13 @@ _SCHEMA = 1
 _MANIFEST = "manifest.json"
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _log = logging.getLogger(__name__)
+
+
+class Saves(Protocol):
+    """What has a state of its own to save: the engine."""
+
+    def save(self, folder: Path) -> None:
+        """Write this process's part into `folder`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,14 +113,15 @@ class CheckpointStore:
         """
         for path in reversed(self._folders()):
             checkpoint = _read(path)
-            self._refuse_foreign(checkpoint)
-            if self._is_intact(checkpoint):
-                return checkpoint
-            _log.warning("%s is damaged; going on from an earlier checkpoint", path)
+            if checkpoint is not None:
+                self._refuse_foreign(checkpoint)
+                if self._is_intact(checkpoint):
+                    return checkpoint
+            _log.warning("%s is damaged: going on from an earlier checkpoint, if any", path)
         return None
 
-    def save(self, engine: ZeroEngine, state: RunState) -> None:
-        """Write a checkpoint, then remove those that are too many.
+    def save(self, engine: Saves, state: RunState) -> None:
+        """Write a checkpoint, then remove older ones that are too many, and damaged later ones.
 
         Raises:
             WorkError: The disk is full or failing; earlier checkpoints stay.
@@ -126,6 +133,7 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(mode=0o700)
             self._world.barrier()
+            # Nobody else can enter the folder while what is in it is being written.
             engine.save(temporary)
             self._world.barrier()
             files = self._sealed(temporary)
@@ -138,23 +146,32 @@ class CheckpointStore:
                     "files": files,
                 }
                 write_json(temporary / _MANIFEST, content)
+                (temporary / _MANIFEST).chmod(0o600)
                 commit_folder(temporary, target)
-                for old in self._folders()[: -self._keep]:
-                    remove_folder(old)
+                self._prune(target)
             self._world.barrier()
         _log.info("checkpoint %s", target)
 
     def _folders(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """Complete checkpoints, by step."""
         found = self._folder.glob("step-*")
-        return sorted(path for path in found if (path / _MANIFEST).is_file())
+        return sorted((path for path in found if (path / _MANIFEST).is_file()), key=_step)
+
+    def _prune(self, newest: Path) -> None:
+        folders = self._folders()
+        end = folders.index(newest) + 1
+        for folder in (*folders[: max(0, end - self._keep)], *folders[end:]):
+            remove_folder(folder)
 
     def _mine(self, names: Iterable[str]) -> list[str]:
         """This process's share of the work on some files."""
         return sorted(names)[self._world.ranks.rank :: self._world.size]
 
     def _sealed(self, folder: Path) -> dict[str, str]:
-        """Make every file durable and writable by its owner alone; returns their SHA-256."""
+        """Make every file durable and all writable by its owner alone; returns their SHA-256."""
+        for path in folder.rglob("*"):
+            if path.is_dir():
+                path.chmod(0o700)
         digests = {}
         for name in self._mine(files_below(folder)):
             path = folder / name
@@ -200,17 +217,29 @@ def _refuse_writable_by_others(path: Path) -> None:
         )
 
 
-def _read(folder: Path) -> Checkpoint:
-    path = folder / _MANIFEST
-    content: Any = read_json(path)
-    if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
-        raise CorruptFileError(
-            f"{path} is not a checkpoint's manifest of schema {_SCHEMA}; remove {folder}"
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _read(folder: Path) -> Checkpoint | None:
+    """What its manifest says of a checkpoint; None if the manifest is damaged.
+
+    Raises:
+        WorkError: It was written by another version of this package.
+    """
+    try:
+        content: Any = read_json(folder / _MANIFEST)
+        if content["schema"] != _SCHEMA:
+            raise WorkError(
+                f"{folder} is a checkpoint of schema {content['schema']}, not {_SCHEMA}: go on "
+                "with the version of teams_hpc that wrote it, or start over with --rerun-from sft"
+            )
+        return Checkpoint(
+            folder=folder,
+            world_size=content["world_size"],
+            digest=content["digest"],
+            state=RunState(**content["state"]),
+            files=content["files"],
         )
-    return Checkpoint(
-        folder=folder,
-        world_size=content["world_size"],
-        digest=content["digest"],
-        state=RunState(**content["state"]),
-        files=content["files"],
-    )
+    except (CorruptFileError, KeyError, TypeError):
+        return None

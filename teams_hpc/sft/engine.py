@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,15 +120,15 @@ class ZeroEngine:
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         for micro in self._pieces(batch):
             sum_of_losses = self._loss_sum(micro)
             scale = self._world.size / max(loss_tokens, 1.0)
             self._engine.backward(sum_of_losses * scale, scale_wrt_gas=False)
             self._engine.step()
-            total += float(sum_of_losses.detach())
+            total += sum_of_losses.detach()  # stays on the device: nothing waits for it here
         norm = self._engine.get_global_grad_norm()
-        (loss_sum,) = self._world.sum(total)
+        (loss_sum,) = self._world.sum(float(total))
         return StepResult(loss=loss_sum / max(loss_tokens, 1.0), grad_norm=float(norm or 0.0))
 
     def mean_loss(self, rows: PackedRows) -> float | None:
@@ -218,6 +219,8 @@ def _quiet_deepspeed(world: World) -> Any:
     """Import DeepSpeed so that it neither compiles anything nor talks about itself."""
     import deepspeed  # slow, and it reads DS_ACCELERATOR when it is imported
 
+    # It calls collectives by names that torch 2.13 is about to change.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if world.device == "cpu":
         # It would compile an operator for shared memory at first use (78 s, and a compiler on

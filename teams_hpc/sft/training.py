@@ -140,10 +140,10 @@ class _Training:
         weights = engine.state_dict()
         if self.world.is_first:
             run_dir = self.run_dir
+            num_parameters = sum(weight.numel() for weight in weights.values())
             run_dir.manifest("sft").unlink(missing_ok=True)
             card = model_card(run_dir, self.config, state, digest)
             write_model(run_dir.model, engine.model, weights, run_dir.tokenizer, card)
-            num_parameters = sum(weight.numel() for weight in weights.values())
             write_manifest(run_dir, "sft", self._manifest(state, num_parameters))
         self.world.barrier()
 
