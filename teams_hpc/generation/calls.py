@@ -12,22 +12,31 @@ and what is asked anew may be batched otherwise.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from teams_hpc.config.schema import EngineConfig, ReviewerConfig, TransformersEngineConfig
-from teams_hpc.errors import CorruptFileError
+from teams_hpc.errors import CorruptFileError, EngineError
 from teams_hpc.generation.unit_log import UnitLog
 from teams_hpc.llm.base import Completion, Engine, Request
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.rewriting.operations import PROMPT_SCHEMA
-from teams_hpc.rewriting.reviewer import Pair, Reviewer, Verdict
+from teams_hpc.rewriting.reviewer import Pair, Reviewer
 from teams_hpc.storage.journal import Batch, Result, Tokens
 
 _DIGEST_BYTES = 16
 _COMPLETION_VALUES = tuple(one.name for one in fields(Completion) if one.name != "id")
+
+
+class Judged(NamedTuple):
+    """A verdict, or in `error` why there is none."""
+
+    p_not_equal: float
+    is_parsed: bool
+    error: str
 
 
 class ClaimLost(Exception):
@@ -122,9 +131,13 @@ class Calls:
             return self._replay_completions(self.log.next_batch())
         unsent = [key for key in self._pending if key not in self._in_flight]
         if self.batch_size is not None:
-            unsent = unsent[: self.batch_size]
+            # Prompts of like length make the best batch; nothing but what is pending decides it.
+            unsent = sorted(unsent, key=self._by_length)[: self.batch_size]
         self._send(unsent)
         return self._receive(unsent)
+
+    def _by_length(self, key: str) -> tuple[int, str]:
+        return sum(len(message.content) for message in self._pending[key].messages), key
 
     def _send(self, keys: Sequence[str]) -> None:
         if keys:
@@ -170,7 +183,7 @@ class Calls:
             completions.append(Completion(id=result.key, **result.value))
         return completions
 
-    def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
+    def judge(self, pairs: Sequence[Pair]) -> list[Judged]:
         """Verdicts on pairs, in order, in one batch: from the journal, or from the reviewer.
 
         Raises:
@@ -183,35 +196,40 @@ class Calls:
         self.check_claim()
         self._commit("reviewer", [pair.request_id for pair in pairs])
         self.reviewer.ledger = Ledger()
-        verdicts = self.reviewer.judge(pairs)
+        judged = self._ask_reviewer(pairs)
         results = tuple(
-            Result(
-                key=pair.request_id,
-                digest=self.digests.of_pair(pair),
-                value=[verdict.p_not_equal, verdict.is_parsed],
-            )
-            for pair, verdict in zip(pairs, verdicts, strict=True)
+            Result(key=pair.request_id, digest=self.digests.of_pair(pair), value=list(one))
+            for pair, one in zip(pairs, judged, strict=True)
         )
         spent = self.reviewer.ledger.total("reviewer")
         tokens = Tokens(
-            calls=spent.calls,
+            calls=len(judged),
             prompt_tokens=spent.prompt_tokens,
             completion_tokens=spent.completion_tokens,
         )
         self._uncommitted = Batch(role="reviewer", results=results, tokens=tokens)
-        return verdicts
+        return judged
 
-    def _replay_verdicts(self, batch: Batch, pairs: Sequence[Pair]) -> list[Verdict]:
+    def _ask_reviewer(self, pairs: Sequence[Pair]) -> list[Judged]:
+        """One batch; if that fails, one by one, so that what one prompt is to blame for ends it."""
+        try:
+            return [
+                Judged(verdict.p_not_equal, verdict.is_parsed, "")
+                for verdict in self.reviewer.judge(pairs)
+            ]
+        except EngineError as error:
+            if len(pairs) == 1:
+                return [Judged(math.nan, False, str(error))]
+        return [one for pair in pairs for one in self._ask_reviewer([pair])]
+
+    def _replay_verdicts(self, batch: Batch, pairs: Sequence[Pair]) -> list[Judged]:
         keys = [pair.request_id for pair in pairs]
         if batch.role != "reviewer" or [result.key for result in batch.results] != keys:
             raise self._strange(batch, keys[0], "is not the verdict expected here")
         for result, pair in zip(batch.results, pairs, strict=True):
             if result.digest != self.digests.of_pair(pair):
                 raise self._strange(batch, result.key, "judges another model, prompt or sampling")
-        return [
-            Verdict(p_not_equal=result.value[0], is_parsed=result.value[1])
-            for result in batch.results
-        ]
+        return [Judged(*result.value) for result in batch.results]
 
     def _strange(self, batch: Batch, key: str, what: str) -> CorruptFileError:
         path = self.log.folder / batch.source

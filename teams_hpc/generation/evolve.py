@@ -149,6 +149,11 @@ class Chain:
         else:
             self._end_step(Reason.NONE)
 
+    def fail(self, error: str) -> None:
+        """End the step: the reviewer could not judge it."""
+        self._row["detail"] = error
+        self._end_step(Reason.ENGINE_ERROR)
+
     def _begin_step(self) -> None:
         steering, step = self.steering, self._history.step
         seed = self.key.seed

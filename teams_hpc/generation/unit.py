@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from teams_hpc.generation.calls import Calls
 from teams_hpc.generation.evolve import Chain
 from teams_hpc.llm.base import Completion
+from teams_hpc.rewriting.reviewer import Verdict
 from teams_hpc.runtime.preemption import StopFlag
 
 _DRAIN_S = 15.0
@@ -58,7 +59,10 @@ class UnitRunner:
             chain.take_completion(completion)
         judged = [chain for chain in fed if chain.wants == "verdict"]
         verdicts = self.calls.judge([chain.pair() for chain in judged])
-        for chain, verdict in zip(judged, verdicts, strict=True):
-            chain.take_verdict(verdict)
+        for chain, (p_not_equal, is_parsed, error) in zip(judged, verdicts, strict=True):
+            if error:
+                chain.fail(error)
+            else:
+                chain.take_verdict(Verdict(p_not_equal=p_not_equal, is_parsed=is_parsed))
         for chain in fed:
             self._ask(chain)

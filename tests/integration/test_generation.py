@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from teams_hpc.config import Config, dump_yaml
+from teams_hpc.config import Config, dump_yaml, load_resolved
+from teams_hpc.generation.unit_log import UnitLog
 from teams_hpc.generation.usage import generation_usage
+from teams_hpc.generation.worker import generate
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.rewriting.observation import observation_size
 from teams_hpc.rewriting.operation_policy import MlpPolicy
+from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.atomic import write_json, write_text
 from teams_hpc.storage.run_dir import RunDir, read_manifest
 from teams_hpc.storage.shards import Status, Table
@@ -105,6 +108,21 @@ def outcomes(workers: list[subprocess.Popen[str]], timeout_s: float = 90) -> lis
         return found
 
 
+def wait_until(happened: Callable[[], object], *workers: subprocess.Popen[str]) -> None:
+    """Wait for something the workers do; if they end before, or take too long, say why."""
+    deadline = time.monotonic() + 30
+    while not happened():
+        if time.monotonic() > deadline or all(worker.poll() is not None for worker in workers):
+            for worker in workers:
+                worker.kill()
+            raise AssertionError(outcomes(list(workers)))
+        time.sleep(0.005)
+
+
+def num_shards(run_dir: RunDir) -> int:
+    return len(list(run_dir.shards.glob("*.h5")))
+
+
 def run(run_dir: RunDir, num_workers: int = 1, **how: Any) -> dict[str, Any]:
     """Run to the end; returns the manifest."""
     found = outcomes([start(run_dir, index, **how) for index in range(num_workers)])
@@ -182,11 +200,8 @@ def test_killed_again_and_again_it_loses_and_repeats_nothing_durable(
     num_inside = 0
     for count in (1, 3, 2, 1, 2):
         workers = [start(run_dir, index, delay_s=0.03) for index in range(count)]
-        shards = len(list(run_dir.shards.glob("*.h5")))
-        deadline = time.monotonic() + 30
-        while len(list(run_dir.shards.glob("*.h5"))) == shards:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        before = num_shards(run_dir)
+        wait_until(lambda before=before: num_shards(run_dir) > before, *workers)
         time.sleep(moments.uniform(0.0, 0.1))
         num_inside += sum(worker.poll() is None for worker in workers)
         for worker in workers:
@@ -211,10 +226,7 @@ def test_a_stop_is_taken_at_a_safe_point_and_costs_nothing(
 ) -> None:
     run_dir = make_run(tmp_path)
     worker = start(run_dir, delay_s=0.03)
-    deadline = time.monotonic() + 30
-    while not list(run_dir.shards.glob("*.h5")):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: num_shards(run_dir), worker)
     time.sleep(0.08)
     worker.send_signal(signal.SIGTERM)
     [(code, output)] = outcomes([worker])
@@ -247,10 +259,10 @@ def test_a_budget_is_never_exceeded_and_raising_it_goes_on(
     assert "of 12 units (" in message
     least = int(message.partition("budget.max_expert_calls to at least ")[2].split()[0])
     assert least == spent(run_dir) + 30
-    done = len(list(run_dir.shards.glob("*.h5")))
+    done = num_shards(run_dir)
     make_run(tmp_path, budget={"max_expert_calls": least}, **changes)
     assert outcomes([start(run_dir)])[0][0] == 1
-    assert done < len(list(run_dir.shards.glob("*.h5"))) < 12
+    assert done < num_shards(run_dir) < 12
     assert spent(run_dir) <= least
     make_run(tmp_path, budget={"max_expert_calls": 10_000}, **changes)
     assert run(run_dir, num_workers) == quiet[1]
@@ -260,10 +272,8 @@ def test_a_budget_is_never_exceeded_and_raising_it_goes_on(
 def test_a_killed_workers_reservation_does_not_block_the_budget(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, seeds={"limit": 10}, budget={"max_expert_calls": 60})
     worker = start(run_dir, delay_s=5.0)
-    deadline = time.monotonic() + 30
-    while not list((run_dir.generate / "reservations").glob("*.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    reservations = run_dir.generate / "reservations"
+    wait_until(lambda: list(reservations.glob("*.json")), worker)
     worker.kill()
     outcomes([worker])
     manifest = run(run_dir)
@@ -288,7 +298,7 @@ def test_an_engine_that_answers_nothing_is_no_success(
     assert code == 1
     assert "the expert answered nothing in unit 0" in output
     assert "no GPU" in output
-    assert list(run_dir.shards.glob("*.h5")) == []
+    assert num_shards(run_dir) == 0
     manifest = run(run_dir)
     assert manifest["counts"] == quiet[1]["counts"]
     small = make_run(tmp_path / "small")
@@ -336,3 +346,46 @@ def test_a_learned_policy_and_one_answer_a_chain(tmp_path: Path) -> None:
     assert len(answered) == len(set(answered)) > 15
     assert all(bool(response) == bool(finish) for _, _, _, finish, response in rows)
     assert manifest["counts"]["attempted"] == 180
+
+
+def test_a_real_model_in_fixed_batches_gives_the_same_rows_after_kills(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, so that the model is loaded in milliseconds; a kill is an exception here."""
+    model = {"kind": "transformers", "model": str(tiny_llama), "dtype": "float32", "threads": 1}
+    engine = {**model, "batching": "fixed", "batch_size": 4, "max_tokens": 150, "temperature": 1.0}
+    changes: dict[str, Any] = {
+        "seeds": {"limit": 9},
+        "generate": {"unit_size": 3, "num_steps": 2, "equal_threshold": 0.0},
+        "expert": engine,
+        "reviewer": {**engine, "batch_size": 3},
+    }
+    left = [10**9]
+    real = UnitLog.commit
+
+    def commit(log: UnitLog, *content: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        real(log, *content)
+
+    monkeypatch.setattr(UnitLog, "commit", commit)
+    quiet = make_run(tmp_path / "quiet", **changes)
+    generate(quiet, load_resolved(quiet.config), 0, StopFlag())
+    expected = read_manifest(quiet, "generate")
+    assert expected is not None
+    assert expected["exactness"] == "exact"
+    run_dir = make_run(tmp_path / "killed", **changes)
+    num_kills = 0
+    for kill_at in (3, 2, 4, 3, 10**9):
+        left[0] = kill_at
+        try:
+            generate(run_dir, load_resolved(run_dir.config), 0, StopFlag())
+        except KeyboardInterrupt:
+            num_kills += 1
+    assert num_kills == 4
+    found = read_manifest(run_dir, "generate")
+    assert found is not None
+    assert found["units"] == expected["units"]
+    assert usage_of(found)["expert", "calls"] == usage_of(expected)["expert", "calls"]
+    assert usage_of(found)["expert", "in_doubt"] > 0

@@ -4,11 +4,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from teams_hpc.config.schema import GenerateConfig, TemplateEngineConfig, TemplateReviewerConfig
-from teams_hpc.errors import CorruptFileError, StopRequested, WorkError
+from teams_hpc.errors import CorruptFileError, EngineError, StopRequested, WorkError
 from teams_hpc.generation.calls import CallDigests, Calls, ClaimLost
 from teams_hpc.generation.evolve import Chain, Row, Steering
 from teams_hpc.generation.plan import ChainKey
@@ -22,6 +23,7 @@ from teams_hpc.rewriting.reviewer import Reviewer
 from teams_hpc.rewriting.seeds import Seed
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.journal import Batch, journal_paths, read_journal
+from teams_hpc.storage.shards import Status
 
 SEEDS = [Seed(f"Tell me about the number {number}.") for number in range(7)]
 STEPS = 3
@@ -126,16 +128,17 @@ def run(
     dies_after: bool = False,
     stop: StopFlag | None = None,
     temperature: float = 0.7,
+    verdict: Literal["generated", "likelihood"] = "generated",
     claim: Callable[[], None] = lambda: None,
 ) -> tuple[list[Row], UnitLog]:
     models = {"expert": "stub", "reviewer": "stub"}
     log = MortalLog(folder, 0, "digest", models, left=left, dies_after=dies_after)
-    reviewer = Reviewer(judge, "generated", Ledger())
+    reviewer = Reviewer(judge, verdict, Ledger())
     digests = CallDigests.make(
         expert,
         TemplateEngineConfig(temperature=temperature),
         reviewer,
-        TemplateReviewerConfig(verdict="generated"),
+        TemplateReviewerConfig(verdict=verdict),
     )
     calls = Calls(
         log=log,
@@ -315,6 +318,26 @@ def test_a_full_disk_stops_the_unit_and_it_goes_on_after(
             run(tmp_path, Stub(), Stub())
     assert repr(run(tmp_path, Stub(), Stub())[0]) == repr(quiet[0])
     assert sorted(done_and_doubted(tmp_path)[0]) == quiet[1]
+
+
+def test_a_pair_the_reviewer_cannot_judge_fails_alone(tmp_path: Path) -> None:
+    class Short(Stub):
+        def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+            if any(request.task.instruction == SEEDS[3].instruction for request in requests):
+                raise EngineError("too long")
+            self.asked += [request.task.instruction for request in requests]
+            return [Score(log_probabilities=(-9.0, -1.0), prompt_tokens=5) for _ in requests]
+
+    judge = Short()
+    rows, log = run(tmp_path, Stub(batch=99), judge, verdict="likelihood")
+    failed = [row for row in rows if row["detail"] == "too long"]
+    assert failed
+    assert {row["seed_id"] for row in failed} == {SEEDS[3].id}
+    assert all(row["status"] == Status.FAILED and not row["parent_id"] for row in failed)
+    assert log.usage().total("reviewer").calls == len(judge.asked) + len(failed)
+    again = Short()
+    assert repr(run(tmp_path, Stub(), again, verdict="likelihood")[0]) == repr(rows)
+    assert again.asked == []
 
 
 def test_expert_and_reviewer_may_share_an_engine(
