@@ -176,7 +176,7 @@ def export(
         str, typer.Option("--format", metavar="FORMAT", help="alpaca, chat or parquet")
     ],
     output: Annotated[
-        Path | None, typer.Option(help="Default: dataset/<format>.json, .jsonl or .parquet")
+        Path | None, typer.Option(help="Default: for instance dataset/train-alpaca.json")
     ] = None,
     rows: Annotated[str, typer.Option(help="train, held_out or all")] = "train",
 ) -> None:

@@ -17,7 +17,11 @@ from teams_hpc.storage.shards import Finish, Rows, Table
 Format = Literal["alpaca", "chat", "parquet"]
 RowChoice = Literal["train", "held_out", "all"]
 
-_SUFFIX: Mapping[Format, str] = {"alpaca": ".json", "chat": ".jsonl", "parquet": ".parquet"}
+_FILE: Mapping[Format, str] = {
+    "alpaca": "alpaca.json",
+    "chat": "chat.jsonl",
+    "parquet": "rows.parquet",
+}
 _USES: Mapping[RowChoice, frozenset[int]] = {
     "train": frozenset({GROUPS.index(Fate.TRAIN)}),
     "held_out": frozenset({GROUPS.index(Fate.HELD_OUT)}),
@@ -43,7 +47,7 @@ def export_rows(
     Args:
         run_dir: A run whose data set is done.
         format_name: `alpaca`, `chat` or `parquet`.
-        output: The file; None: `dataset/<format>` with the format's suffix.
+        output: The file; None: for instance `dataset/train-alpaca.json`.
         rows: `train`, `held_out` or `all`.
 
     Returns:
@@ -59,7 +63,7 @@ def export_rows(
         if value not in known:
             raise UsageError(f"{option}: {value!r} is none of {', '.join(known)}")
     chosen_format, choice = cast(Format, format_name), cast(RowChoice, rows)
-    path = output or run_dir.dataset / f"{chosen_format}{_SUFFIX[chosen_format]}"
+    path = output or run_dir.dataset / f"{choice}-{_FILE[chosen_format]}"
     return path, export_dataset(run_dir, chosen_format, path, choice)
 
 

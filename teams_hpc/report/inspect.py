@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from teams_hpc.errors import CorruptFileError, TeamsError, UsageError
+from teams_hpc.rewriting.elimination import REASONS
+from teams_hpc.rewriting.operations import OPERATIONS
 from teams_hpc.rewriting.seeds import read_seeds
+from teams_hpc.rewriting.splits import SPLITS
 
 _WIDTH = 100
+_NAMES = {
+    "split": SPLITS,
+    "operation": [str(operation) for operation in OPERATIONS],
+    "reason": [str(reason) for reason in REASONS],
+}
 
 
 def _shorten(value: object) -> str:
@@ -27,8 +35,14 @@ def _describe_table(path: Path, num_rows: int) -> list[str]:
         rows = table.read(0, min(num_rows, table.num_rows), names)
         for row in range(min(num_rows, table.num_rows)):
             lines.append(f"row {row}")
-            lines += [f"  {name}: {_shorten(rows[name][row])}" for name in names]
+            lines += [f"  {name}: {_shorten(_name(name, rows[name][row]))}" for name in names]
     return lines
+
+
+def _name(column: str, value: Any) -> Any:
+    """The name behind a code, such as `breadth` behind operation 5."""
+    names = _NAMES.get(column)
+    return f"{value} ({names[value]})" if names and value < len(names) else value
 
 
 def _describe_packed(path: Path, num_rows: int) -> list[str]:
