@@ -20,7 +20,7 @@ Example = tuple[torch.Tensor, torch.Tensor]
 _IGNORED = -100
 _BATCH = 8
 _LONGEST = 256
-_ENOUGH = 0.05
+_ENOUGH = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
