@@ -214,7 +214,11 @@ class Calls:
         """One batch; if that fails, one by one, so that what one prompt is to blame for ends it."""
         try:
             return [
-                Judged(verdict.p_not_equal, verdict.is_parsed, "")
+                Judged(
+                    math.nan if verdict.error else verdict.p_not_equal,
+                    verdict.is_parsed,
+                    verdict.error,
+                )
                 for verdict in self.reviewer.judge(pairs)
             ]
         except EngineError as error:

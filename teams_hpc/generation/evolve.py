@@ -238,7 +238,8 @@ class Chain:
         if reason is Reason.NONE:
             self._instruction, self._input = self._row["instruction"], self._row["input"]
             self._parent_id = self._row["record_id"]
-        self._history = self._history.after(self._row["operation"])
+        is_kept = reason is Reason.NONE
+        self._history = self._history.after(self._row["operation"], is_kept=is_kept)
         if self._history.step < self.steering.settings.num_steps:
             self._begin_step()
         else:

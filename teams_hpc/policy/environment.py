@@ -25,14 +25,22 @@ from teams_hpc.rewriting.operations import (
     clean_rewrite,
     rewrite_request,
 )
-from teams_hpc.rewriting.reviewer import Pair, Reviewer, Verdict, ZeroReason, reward, zero_reason
+from teams_hpc.rewriting.reviewer import (
+    Pair,
+    Reviewer,
+    Verdict,
+    ZeroReason,
+    refuse_if_all_failed,
+    reward,
+    zero_reason,
+)
 from teams_hpc.rewriting.seeds import Seed
 
 EQUAL_BELOW = 0.5
 """A rewrite whose P(Not Equal) to its parent is below this does not become the next parent."""
 
 ENGINE_ERROR = "engine_error"
-"""Beside the values of `ZeroReason`: the instructor gave up on this request."""
+"""Beside the values of `ZeroReason`: instructor or reviewer gave up on this step."""
 
 Key = tuple[str | int, ...]
 
@@ -112,7 +120,8 @@ class World:
         """Apply one operation to each episode, in one batch; the episodes move on.
 
         Raises:
-            EngineError: The instructor gave up on every request of the batch, or an engine failed.
+            EngineError: The instructor gave up on every request of the batch, or the reviewer on
+                every pair, or an engine failed.
         """
         drafts = self._drafts(episodes, operations)
         verdicts = self._judge(episodes, drafts)
@@ -123,7 +132,7 @@ class World:
             outcome = self._outcome(draft, judged)
             if outcome.is_accepted:
                 episode.texts.append((draft.text, draft.input))
-            episode.history = episode.history.after(int(operation))
+            episode.history = episode.history.after(int(operation), is_kept=outcome.is_accepted)
             outcomes.append(outcome)
         return outcomes
 
@@ -185,7 +194,9 @@ class World:
                 )
                 for place, (before, before_input) in enumerate(compared)
             ]
-        left = iter(self.reviewer.judge(pairs))
+        verdicts = self.reviewer.judge(pairs)
+        refuse_if_all_failed(verdicts)
+        left = iter(verdicts)
         return [[next(left) for _ in range(count)] for count in counts]
 
     @property
@@ -195,6 +206,8 @@ class World:
     def _outcome(self, draft: _Draft, verdicts: Sequence[Verdict]) -> Outcome:
         if not verdicts:
             return Outcome(reward=0.0, zero=draft.zero, p_not_equal=None, is_accepted=False)
+        if any(verdict.error for verdict in verdicts):
+            return Outcome(reward=0.0, zero=ENGINE_ERROR, p_not_equal=None, is_accepted=False)
         p_not_equal = verdicts[-1].p_not_equal
         return Outcome(
             reward=reward(verdicts, ZeroReason(draft.zero), self.settings.reward),

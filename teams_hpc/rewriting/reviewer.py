@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from teams_hpc.llm.base import Engine, Message, Request, ScoreRequest, Task, complete_all
+from teams_hpc.errors import EngineError
+from teams_hpc.llm.base import (
+    Completion,
+    Engine,
+    Message,
+    Request,
+    Score,
+    ScoreRequest,
+    Task,
+    complete_all,
+)
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.rewriting.elimination import copies_prompt, is_unusable, normal_text
 
@@ -33,10 +43,17 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """P(Not Equal) in [0, 1]; `is_parsed` is False if a generated answer was neither option."""
+    """What the reviewer says of a pair.
+
+    Attributes:
+        p_not_equal: In [0, 1]; 0 where there is no verdict, which never earns or keeps anything.
+        is_parsed: False if a generated answer was neither option, or there was none.
+        error: Why the engine gave no verdict at all; empty if it did.
+    """
 
     p_not_equal: float
     is_parsed: bool = True
+    error: str = ""
 
 
 def _with_input(instruction: str, input_text: str) -> str:
@@ -68,11 +85,32 @@ def softmax_not_equal(equal: float, not_equal: float) -> float:
 
 
 def parse_verdict(text: str) -> Verdict:
-    """Read a generated answer as published: exactly one of the options, or else no gain."""
-    answer = re.sub(r"[^a-z ]", "", text.strip().casefold()).strip()
+    """Read a generated answer as published: exactly one of the options, or else no gain.
+
+    Case, white space and punctuation don't count; any other word or number does.
+    """
+    answer = " ".join(re.findall(r"\w+", text.casefold()))
     if answer == "not equal":
         return Verdict(p_not_equal=1.0)
     return Verdict(p_not_equal=0.0, is_parsed=answer == "equal")
+
+
+def _no_verdict(why: str) -> Verdict:
+    return Verdict(p_not_equal=0.0, is_parsed=False, error=why or "the reviewer gave no reason")
+
+
+def _verdict_of_score(score: Score) -> Verdict:
+    p = softmax_not_equal(*score.log_probabilities)
+    # NaN is below no threshold: it would pass rule 1.
+    if math.isnan(p):
+        return _no_verdict(f"log-probabilities of the options are {score.log_probabilities}")
+    return Verdict(p_not_equal=p)
+
+
+def _verdict_of_completion(completion: Completion) -> Verdict:
+    if completion.finish_reason == "error":
+        return _no_verdict(completion.error)
+    return parse_verdict(completion.text)
 
 
 @dataclass(slots=True)
@@ -90,10 +128,10 @@ class Reviewer:
     ledger: Ledger
 
     def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        """Judge pairs, in order.
+        """Judge pairs, in order; a pair on which the engine gave up has a verdict with `error`.
 
         Raises:
-            EngineError: The engine can't score.
+            EngineError: The engine can't score, or can't be asked at all.
         """
         if not pairs:
             return []
@@ -108,9 +146,7 @@ class Reviewer:
         usage = self.ledger.of("reviewer", self.engine.content_id)
         usage.calls += len(scores)
         usage.prompt_tokens += sum(score.prompt_tokens for score in scores)
-        return [
-            Verdict(p_not_equal=softmax_not_equal(*score.log_probabilities)) for score in scores
-        ]
+        return [_verdict_of_score(score) for score in scores]
 
     def _generate(self, pairs: Sequence[Pair]) -> list[Verdict]:
         requests = [
@@ -127,7 +163,7 @@ class Reviewer:
         usage.calls += len(completions)
         usage.prompt_tokens += sum(completion.prompt_tokens for completion in completions)
         usage.completion_tokens += sum(completion.completion_tokens for completion in completions)
-        return [parse_verdict(completion.text) for completion in completions]
+        return [_verdict_of_completion(completion) for completion in completions]
 
 
 class ZeroReason(StrEnum):
@@ -204,7 +240,13 @@ SANITY_CALLS = 2 * len(_SANITY_TEXTS)
 
 
 def sanity_accuracy(reviewer: Reviewer) -> float:
-    """Share of plain cases judged right: ten texts with themselves, ten unrelated pairs."""
+    """Share of plain cases judged right: ten texts with themselves, ten unrelated pairs.
+
+    An answer that is neither option is wrong, whatever the case.
+
+    Raises:
+        EngineError: The reviewer gave up on every case.
+    """
     count = len(_SANITY_TEXTS)
     same = [Pair(before=text, after=text) for text in _SANITY_TEXTS]
     different = [
@@ -212,6 +254,20 @@ def sanity_accuracy(reviewer: Reviewer) -> float:
         for number, text in enumerate(_SANITY_TEXTS)
     ]
     verdicts = reviewer.judge([*same, *different])
-    right = sum(verdict.p_not_equal < 0.5 for verdict in verdicts[:count])
+    refuse_if_all_failed(verdicts)
+    right = sum(verdict.is_parsed and verdict.p_not_equal < 0.5 for verdict in verdicts[:count])
     right += sum(verdict.p_not_equal >= 0.5 for verdict in verdicts[count:])
     return right / (2 * count)
+
+
+def refuse_if_all_failed(verdicts: Sequence[Verdict]) -> None:
+    """A batch without a single verdict means that the reviewer is out of order.
+
+    Raises:
+        EngineError: There are verdicts, and each is an error.
+    """
+    if verdicts and all(verdict.error for verdict in verdicts):
+        raise EngineError(
+            f"the reviewer failed on all {len(verdicts)} pairs of a batch: {verdicts[0].error}; "
+            "see reviewer.*"
+        )

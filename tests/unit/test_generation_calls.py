@@ -1,6 +1,7 @@
 """Calls through the journal: nothing durable is asked twice, wherever the work is cut off."""
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -336,6 +337,28 @@ def test_a_pair_the_reviewer_cannot_judge_fails_alone(tmp_path: Path) -> None:
     assert all(row["status"] == Status.FAILED and not row["parent_id"] for row in failed)
     assert log.usage().total("reviewer").calls == len(judge.asked) + len(failed)
     again = Short()
+    assert repr(run(tmp_path, Stub(), again, verdict="likelihood")[0]) == repr(rows)
+    assert again.asked == []
+
+
+def test_a_verdict_that_is_no_number_fails_its_step_in_the_first_run_and_in_a_replay(
+    tmp_path: Path,
+) -> None:
+    class Broken(Stub):
+        def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+            self.asked += [request.task.instruction for request in requests]
+            sums = [math.nan if text == SEEDS[3].instruction else -9.0 for text in self.asked]
+            return [
+                Score(log_probabilities=(one, -1.0), prompt_tokens=5)
+                for one in sums[-len(requests) :]
+            ]
+
+    judge, again = Broken(), Broken()
+    rows, _ = run(tmp_path, Stub(batch=99), judge, verdict="likelihood")
+    failed = [row for row in rows if row["detail"].startswith("log-probabilities")]
+    assert failed
+    assert {row["seed_id"] for row in failed} == {SEEDS[3].id}
+    assert all(row["status"] == Status.FAILED and not row["parent_id"] for row in failed)
     assert repr(run(tmp_path, Stub(), again, verdict="likelihood")[0]) == repr(rows)
     assert again.asked == []
 
