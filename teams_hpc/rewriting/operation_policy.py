@@ -7,7 +7,7 @@ batch, nor on a library's threads.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from teams_hpc.errors import CorruptFileError
-from teams_hpc.rewriting.observation import History
+from teams_hpc.rewriting.observation import History, ObservationKind, observation_size
 from teams_hpc.rewriting.operations import OPERATIONS
 from teams_hpc.storage.atomic import replacing
 from teams_hpc.storage.tensor_file import in_fixed_order
@@ -92,7 +92,8 @@ class MlpPolicy:
         """Read what `save` wrote.
 
         Raises:
-            CorruptFileError: The file is missing, damaged, or of other shapes.
+            CorruptFileError: The file is missing or damaged, or its tensors are of other shapes,
+                not numbers, or made for other observations than ours.
         """
         try:
             with safe_open(path, framework="numpy") as file:
@@ -100,21 +101,26 @@ class MlpPolicy:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise CorruptFileError(f"{path} is not a policy: {error}") from None
-        _check_shapes(path, weights)
-        if "observation" not in metadata:
-            raise CorruptFileError(f"{path} does not say which observation its policy takes")
+        kind = metadata.get("observation")
+        if kind not in get_args(ObservationKind):
+            raise CorruptFileError(
+                f"{path}: its policy takes observation {kind!r}, not one of "
+                f"{', '.join(get_args(ObservationKind))}"
+            )
+        _check_tensors(path, weights, observation_size(cast(ObservationKind, kind)))
         return cls(
             weights={name: value.astype(np.float64) for name, value in weights.items()},
             metadata=metadata,
         )
 
 
-def _check_shapes(path: Path, weights: Mapping[str, Floats]) -> None:
+def _check_tensors(path: Path, weights: Mapping[str, Floats], size: int) -> None:
     expected = {f"{layer}.{part}" for layer in _LAYERS for part in ("weight", "bias")}
     if weights.keys() != expected:
         raise CorruptFileError(f"{path} holds {sorted(weights)}, not {sorted(expected)}")
-    width = weights["hidden_0.weight"].shape[0]
+    width = weights["hidden_0.bias"].size
     shapes = {
+        "hidden_0.weight": (width, size),
         "hidden_0.bias": (width,),
         "hidden_1.weight": (width, width),
         "hidden_1.bias": (width,),
@@ -124,6 +130,8 @@ def _check_shapes(path: Path, weights: Mapping[str, Floats]) -> None:
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             raise CorruptFileError(f"{path}: {name} is {weights[name].shape}, not {shape}")
+        if not np.isfinite(weights[name]).all():
+            raise CorruptFileError(f"{path}: {name} holds numbers that are not finite")
 
 
 def choose(probabilities: Floats, uniform: float, action: Literal["sample", "argmax"]) -> int:
