@@ -9,7 +9,12 @@ import re
 from enum import StrEnum
 
 from teams_hpc.llm.base import Completion
-from teams_hpc.rewriting.operations import FORBIDDEN_PHRASES, Operation, keeps_length_rule
+from teams_hpc.rewriting.operations import (
+    BLOCK_CLOSES,
+    FORBIDDEN_PHRASES,
+    Operation,
+    keeps_length_rule,
+)
 
 REFUSAL_WORDS = 80
 """An answer with "sorry" and fewer words than this is a refusal."""
@@ -41,20 +46,30 @@ _STOP_WORDS = frozenset(
         themselves then there these they this those through to too under until up very was we were
         what when where which while who whom why will with would you your yours yourself
         yourselves
+        aren't can't couldn't didn't doesn't don't hadn't hasn't haven't he's i'd i'll i'm i've
+        isn't it's let's shouldn't that's there's they're wasn't we're weren't what's won't wouldn't
+        you're
     """.split()
 )
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 def normal_text(text: str) -> str:
-    """A text for comparison: case folded, white space and outer punctuation levelled."""
+    """A text for comparison: its words, case folded; white space and punctuation are gone."""
     return " ".join(_WORD.findall(text.casefold()))
 
 
 def copies_prompt(rewrite: str, parent: str) -> bool:
     """Rule 4: the rewrite has a phrase of the rewriting prompt that its parent didn't have."""
     new, old = rewrite.casefold(), parent.casefold()
-    return any(phrase in new and phrase not in old for phrase in FORBIDDEN_PHRASES)
+    if any(phrase in new and phrase not in old for phrase in FORBIDDEN_PHRASES):
+        return True
+    # Inside a line the closing mark may be Python's prompt.
+    return _has_closing_line(new) and not _has_closing_line(old)
+
+
+def _has_closing_line(text: str) -> bool:
+    return any(line.strip() == BLOCK_CLOSES for line in text.splitlines())
 
 
 def is_unusable(rewrite: str, parent: str, *, is_cut_off: bool, max_words: int) -> bool:
@@ -108,6 +123,7 @@ def check_answer(completion: Completion) -> Reason:
     text = completion.text
     if "sorry" in text.casefold() and len(text.split()) < REFUSAL_WORDS:
         return Reason.REFUSAL
-    if all(word in _STOP_WORDS for word in _WORD.findall(text.casefold())):
+    words = _WORD.findall(text.casefold().replace("’", "'"))
+    if all(word in _STOP_WORDS for word in words):
         return Reason.EMPTY_ANSWER
     return Reason.NONE

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from teams_hpc.llm.base import Message, Request, Task
 
-PROMPT_SCHEMA = 1
+PROMPT_SCHEMA = 2
 """Counted into digests: raise it when any prompt changes."""
 
 FEWEST_ADDED_WORDS = 10
@@ -71,8 +71,8 @@ _REWRITER = (
     "well-known AI systems, yet reasonable, and that people can understand and answer."
 )
 _CREATOR = (
-    "You are a prompt creator. Inspired by an instruction, you write a brand-new one that people "
-    "can understand and answer."
+    "You are a prompt creator. Inspired by an instruction, you write a brand-new one that is "
+    "reasonable, and that people can understand and answer."
 )
 _COMMON = (
     "Don't repeat conditions it already has, and don't say what your task is. Write at most 2048 "
@@ -138,23 +138,28 @@ def carried_input(operation: Operation, input_text: str) -> str:
     return "" if operation is Operation.BREADTH else input_text
 
 
-_INTRODUCTION_QUOTES = {'"': '"', "“": "”", "'": "'"}
+_QUOTES = {'"': '"', "“": "”", "'": "'"}
 
 
 def clean_rewrite(text: str) -> str:
     """A model's rewrite without surrounding white space and one pair of enclosing quotes."""
     text = text.strip()
-    closing = _INTRODUCTION_QUOTES.get(text[:1])
-    if closing and len(text) > 2 and text.endswith(closing) and text.count(closing) <= 2:
+    closing = _QUOTES.get(text[:1])
+    # Quotes inside may belong to other quotations: then the outer two may not be a pair.
+    if closing and len(text) > 2 and text.endswith(closing) and closing not in text[1:-1]:
         text = text[1:-1].strip()
     return text
 
 
-_WORD = re.compile(r"[\w'’-]+")
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 def added_words(before: str, after: str) -> int:
-    """Words of `after` that `before` doesn't have, each as often as it is there more often."""
+    """Words of `after` not matched in `before`: the size of the difference of the two multisets.
+
+    Case, order and marks standing alone (a dash, the rule of a table) don't count; "can't" and
+    "well-known" are one word each. Words taken out are not subtracted.
+    """
     old = Counter(_WORD.findall(before.casefold()))
     new = Counter(_WORD.findall(after.casefold()))
     return sum((new - old).values())
