@@ -10,13 +10,15 @@ from collections.abc import Sequence
 
 from teams_hpc.config.schema import TemplateEngineConfig
 from teams_hpc.llm.base import Completion, Exactness, Request, Score, ScoreRequest
-from teams_hpc.llm.grammar import phrases
+from teams_hpc.llm.grammar.answer_phrases import EMPTY, REFUSALS
 from teams_hpc.llm.grammar.answers import answer
-from teams_hpc.llm.grammar.draws import Draws, fill, topics
+from teams_hpc.llm.grammar.courtesies import COPIED
 from teams_hpc.llm.grammar.judge import p_not_equal
-from teams_hpc.llm.grammar.world import rewrite
+from teams_hpc.llm.grammar.slots import Draws, Slots
+from teams_hpc.llm.grammar.topics import topics
+from teams_hpc.llm.grammar.world import read, rewrite
 
-GRAMMAR_SCHEMA = 1
+GRAMMAR_SCHEMA = 2
 """Part of the engine's identity: raise it when any output changes."""
 
 _PER_MILLE_COPIED = 10
@@ -81,11 +83,12 @@ def _reply(request: Request) -> str:
     chance = Draws(request.seed, "fault").below(1000)
     if task.kind == "rewrite":
         text = rewrite(task.operation, task.instruction, request.seed)
-        return phrases.COPIED.format(text=text) if chance < _PER_MILLE_COPIED else text
+        return COPIED.format(text=text) if chance < _PER_MILLE_COPIED else text
     if chance < _PER_MILLE_REFUSED:
-        return fill(phrases.REFUSAL, Draws(request.seed), topics(task.instruction))
+        draws = Draws(request.seed, "refusal")
+        return Slots(draws, topics(read(task.instruction).core)).fill(draws.of(REFUSALS))
     if chance < _PER_MILLE_REFUSED + _PER_MILLE_EMPTY:
-        return Draws(request.seed, "empty").of(phrases.EMPTY_ANSWERS)
+        return Draws(request.seed, "empty").of(EMPTY)
     return answer(task.instruction, task.input, request.seed)
 
 
