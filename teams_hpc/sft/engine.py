@@ -1,8 +1,6 @@
 """The DeepSpeed engine, as far as it is used: one optimizer step, a mean loss, save and load."""
 
-import logging
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,10 +82,8 @@ class ZeroEngine:
         world: World,
         attention: Attention,
     ) -> None:
-        deepspeed = _quiet_deepspeed(world)
-        deepspeed.init_distributed(
-            dist_backend="nccl" if world.device == "cuda" else "gloo", auto_mpi_discovery=False
-        )
+        import deepspeed  # slow, and it reads the environment that joined_world sets
+
         optimizer = torch.optim.AdamW(
             parameter_groups(built.model, config.sft.weight_decay),
             lr=config.sft.learning_rate,
@@ -213,17 +209,3 @@ class ZeroEngine:
         self._engine.eval()
         with torch.no_grad():
             yield
-
-
-def _quiet_deepspeed(world: World) -> Any:
-    """Import DeepSpeed so that it neither compiles anything nor talks about itself."""
-    import deepspeed  # slow, and it reads DS_ACCELERATOR when it is imported
-
-    # It calls collectives by names that torch 2.13 is about to change.
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if world.device == "cpu":
-        # It would compile an operator for shared memory at first use (78 s, and a compiler on
-        # PATH), after probing for compilers. gloo's own is as exact. Private as of 0.19.8.
-        deepspeed.ops.__compatible_ops__ = {}
-    return deepspeed

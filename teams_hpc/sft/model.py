@@ -66,7 +66,7 @@ def build_model(
     # A resumed run could not repeat dropout's random numbers.
     model.config.attention_dropout = 0.0
     if config.sft.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return built
 
 
@@ -140,7 +140,9 @@ def gathered(weight: torch.nn.Parameter) -> AbstractContextManager[object]:
     """Make a parameter that ZeRO-3 divided whole, for reading, on every rank."""
     if not hasattr(weight, "ds_id"):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters  # DeepSpeed is slow to import
+    import deepspeed  # slow, and long there where a parameter has been divided
 
-    context: AbstractContextManager[object] = GatheredParameters([weight], modifier_rank=None)
+    context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+        [weight], modifier_rank=None
+    )
     return context

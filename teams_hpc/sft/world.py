@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,14 +114,31 @@ def _prepare_environment(ranks: Ranks, device: Device) -> None:
 def _meet(ranks: Ranks, device: Device) -> None:
     if device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
+    backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
+        backend,
         # Alone there is nobody to meet at a port.
         store=dist.HashStore() if ranks.world_size == 1 else None,  # type: ignore[attr-defined]
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=_TIMEOUT,
     )
+    deepspeed = _quiet_deepspeed(device)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+
+
+def _quiet_deepspeed(device: Device) -> Any:
+    """Import DeepSpeed so that it neither compiles anything nor talks about itself."""
+    import deepspeed  # slow, and it reads the environment
+
+    # It calls collectives by names that torch 2.13 is about to change.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device == "cpu":
+        # It would compile an operator for shared memory at first use (78 s, and a compiler on
+        # PATH), after probing for compilers. gloo's own is as exact. Private as of 0.19.8.
+        deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
 
 
 def _local_world_size(ranks: Ranks) -> int:
