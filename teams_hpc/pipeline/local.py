@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from teams_hpc.rewriting.seeds import read_seeds
 from teams_hpc.runtime.metrics import append_metrics
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.runtime.processes import Task, TaskGroup
-from teams_hpc.storage.atomic import read_json, write_text
+from teams_hpc.storage.atomic import naming_disk_faults, read_json, write_text
 from teams_hpc.storage.lease import Lease, read_holder
 from teams_hpc.storage.run_dir import RunDir
 
@@ -192,8 +193,10 @@ def run_stage_here(run_dir: RunDir, config: Config, name: str, index: int, stop:
     stage = find_stage(config, name)
     prepare_stage(run_dir, config, stage)
     try:
-        stage.load()(run_dir, config, index, stop)
-    except TeamsError as error:
-        path = error_path(run_dir, task_name(stage, index))
-        path.write_text(f"{error}\n", encoding="utf-8")
+        with naming_disk_faults(run_dir.root):
+            stage.load()(run_dir, config, index, stop)
+    except (TeamsError, OSError) as error:
+        with suppress(OSError):  # a full disk takes no last words
+            path = error_path(run_dir, task_name(stage, index))
+            path.write_text(f"{error}\n", encoding="utf-8")
         raise
