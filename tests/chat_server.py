@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Behaviour = Callable[[int], str]
-"""From the number of a call to what happens: ok, 429, 500, 400, 401, 404, torn, drop, wrong."""
+"""From the number of a call to what happens: a status code, or ok, torn, drop, wrong (schema), gzip
+(a body that is not what its header says), drip (a byte at a time), unmeasured (no usage)."""
 
 
 @dataclass
@@ -19,6 +20,8 @@ class ChatServer:
 
     behave: Behaviour = lambda number: "ok"
     delay_s: float = 0.0
+    retry_after: str = "0"
+    complaint: str = ""
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
@@ -82,14 +85,26 @@ def make_handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
                 content = content[:20]
             if what == "wrong":
                 content = b'{"choices": []}'
+            if what == "unmeasured":
+                whole = reply_to(body) | {"usage": {"prompt_tokens": None}}
+                content = json.dumps(whole).encode()
+            if status == 400:
+                content = server.complaint.encode()
             if what == "ok":
                 server.answered.append(body["messages"][-1]["content"])
             self.send_response(status)
             if what == "429":
-                self.send_header("Retry-After", "0")
+                self.send_header("Retry-After", server.retry_after)
             self.send_header("Content-Length", str(len(content)))
+            if what == "gzip":
+                self.send_header("Content-Encoding", "gzip")
             self.end_headers()
-            self.wfile.write(content)
+            if what == "drip":
+                for byte in content:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.02)
+            else:
+                self.wfile.write(content)
 
     return Handler
 

@@ -5,10 +5,13 @@ The key is read from the environment and appears in no message.
 """
 
 import asyncio
+import email.utils
+import math
 import os
 import queue
 import threading
 from collections.abc import Coroutine, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -19,6 +22,7 @@ from teams_hpc.llm.base import Completion, Exactness, FinishReason, Request, Sco
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 60.0
+_LONGEST_ASKED_S = 600.0
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -37,21 +41,16 @@ class HttpEngine:
         config: Server, model and limits.
 
     Raises:
-        EngineError: The environment variable for the key is not set.
+        EngineError: The environment variable for the key is not set or holds no key, or the
+            address is none.
     """
 
     def __init__(self, config: HttpEngineConfig) -> None:
         self._config = config
-        headers = {}
-        if config.api_key_env is not None:
-            key = os.environ.get(config.api_key_env)
-            if not key:
-                raise EngineError(
-                    f"the environment variable {config.api_key_env} is not set; export the key"
-                )
-            headers["Authorization"] = f"Bearer {key}"
-        self._headers = headers
+        self._server = _server_name(config.base_url)
+        self._key = _read_key(config.api_key_env)
         self._num_pending = 0
+        self._calls: set[asyncio.Task[Completion]] = set()
         self._done: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -77,7 +76,7 @@ class HttpEngine:
 
     def add(self, request: Request) -> None:
         self._num_pending += 1
-        asyncio.run_coroutine_threadsafe(self._answer(request), self._loop)
+        self._loop.call_soon_threadsafe(self._start, request)
 
     def step(self) -> list[Completion]:
         """Wait for one reply and take along those that are there.
@@ -88,9 +87,14 @@ class HttpEngine:
         done: list[Completion] = []
         while self._num_pending and (not done or not self._done.empty()):
             reply = self._done.get()
-            self._num_pending -= 1
             if isinstance(reply, BaseException):
-                raise reply
+                if not done:
+                    self._num_pending -= 1
+                    raise reply
+                # What was paid for is handed out first; the next step raises.
+                self._done.put(reply)
+                break
+            self._num_pending -= 1
             done.append(reply)
         return done
 
@@ -112,23 +116,31 @@ class HttpEngine:
 
     async def _open(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=self._config.max_concurrency)
-        return httpx.AsyncClient(
-            headers=self._headers, timeout=self._config.timeout_s, limits=limits
-        )
+        headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
+        return httpx.AsyncClient(headers=headers, timeout=self._config.timeout_s, limits=limits)
 
     async def _shut(self) -> None:
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        # Our calls alone: the tasks that httpx starts inside them end with them.
+        calls = tuple(self._calls)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
         await self._client.aclose()
 
-    async def _answer(self, request: Request) -> None:
-        try:
-            async with self._slots:
-                self._done.put(await self._with_retries(request))
-        except (EngineError, ValueError, KeyError) as error:
-            self._done.put(error)
+    async def _answer(self, request: Request) -> Completion:
+        async with self._slots:
+            return await self._with_retries(request)
+
+    def _start(self, request: Request) -> None:
+        call = self._loop.create_task(self._answer(request))
+        self._calls.add(call)
+        call.add_done_callback(self._keep)
+
+    def _keep(self, call: "asyncio.Task[Completion]") -> None:
+        self._calls.discard(call)
+        # Whatever went wrong must reach `step`, or it would wait for ever.
+        if not call.cancelled():
+            self._done.put(call.exception() or call.result())
 
     async def _with_retries(self, request: Request) -> Completion:
         for attempt in range(self._config.max_retries + 1):
@@ -139,7 +151,7 @@ class HttpEngine:
                 if attempt < self._config.max_retries:
                     await asyncio.sleep(_pause_s(request.seed, attempt, failure.after_s))
         tries = self._config.max_retries + 1
-        return _failed(request, f"{reason} ({tries} attempts; expert.max_retries allows more)")
+        return _failed(request, f"{reason} ({tries} attempts; max_retries allows more)")
 
     async def _attempt(self, request: Request) -> Completion:
         """One call.
@@ -159,45 +171,87 @@ class HttpEngine:
         }
         url = f"{config.base_url.rstrip('/')}/chat/completions"
         try:
-            reply = await self._client.post(url, json=body)
-        except httpx.TransportError as error:
+            # httpx limits each read; a server that drips would never be over.
+            async with asyncio.timeout(config.timeout_s):
+                reply = await self._client.post(url, json=body)
+        except TimeoutError:
+            raise _Retry(f"no reply from {self._server} in {config.timeout_s:g} s") from None
+        except httpx.HTTPError as error:
             what = str(error) or type(error).__name__
-            raise _Retry(f"no reply from {config.base_url}: {what}") from None
-        if reply.status_code == 429 or reply.status_code >= 500:
+            raise _Retry(f"no reply from {self._server}: {what}") from None
+        status = reply.status_code
+        if status in (408, 429) or status >= 500:
             raise _Retry(
-                f"{config.base_url} answered {reply.status_code}",
-                _seconds(reply.headers.get("Retry-After")),
+                f"{self._server} answered {status}", _seconds(reply.headers.get("Retry-After"))
             )
-        if reply.status_code in (401, 403, 404):
-            raise EngineError(self._refusal(reply.status_code))
-        if reply.status_code >= 400:
-            return _failed(request, f"{config.base_url} answered {reply.status_code}")
+        if status in (401, 403, 404) or reply.is_redirect:
+            raise EngineError(self._refusal(status))
+        if status >= 400:
+            return _failed(request, f"{self._server} answered {status}: {self._words(reply)}")
         return _parse(request, reply)
 
     def _refusal(self, status: int) -> str:
         config = self._config
-        if status == 404:
-            return (
-                f"{config.base_url} has no chat completions for the model {config.model} (404); "
-                "check base_url (it usually ends in /v1) and model"
-            )
-        key = config.api_key_env or "none: set api_key_env"
-        return f"{config.base_url} refuses the key ({status}); environment variable: {key}"
+        if status in (401, 403):
+            key = config.api_key_env or "none: set api_key_env"
+            return f"{self._server} refuses the key ({status}); environment variable: {key}"
+        return (
+            f"{self._server} has no chat completions for the model {config.model} ({status}); "
+            "check base_url (it usually ends in /v1) and model"
+        )
+
+    def _words(self, reply: httpx.Response) -> str:
+        """What the server says, in short; it may have quoted the key."""
+        text = " ".join(reply.text.split())
+        return (text if self._key is None else text.replace(self._key, "[key]"))[:200]
+
+
+def _server_name(base_url: str) -> str:
+    """Host and port, for messages."""
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise EngineError(f"base_url {base_url} is no address: {error}") from None
+    if not url.host or (url.port or 0) > 65535:
+        raise EngineError(f"base_url {base_url} is no address; for instance http://node7:8000/v1")
+    return url.netloc.decode()
+
+
+def _read_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise EngineError(f"the environment variable {variable} is not set; export the key")
+    if not (key.isascii() and key.isprintable()):
+        # Checked here, since httpx quotes a header that it refuses.
+        raise EngineError(
+            f"the environment variable {variable} holds characters that no key has (a line break, "
+            "or letters beyond ASCII); export the key alone"
+        )
+    return key
 
 
 def _pause_s(seed: int, attempt: int, asked_s: float | None) -> float:
-    """Exponential back-off with jitter keyed by the request; what the server asks for, at least."""
+    """Exponential back-off with jitter keyed by the request, after what the server asks for."""
     jitter = 0.5 + (seed * 2654435761 + attempt) % 1000 / 1000
     pause: float = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**attempt) * jitter
-    return max(pause, min(asked_s or 0.0, _LONGEST_PAUSE_S))
+    return pause + min(max(asked_s or 0.0, 0.0), _LONGEST_ASKED_S)
 
 
 def _seconds(header: str | None) -> float | None:
-    """`Retry-After` in seconds; a date is not understood and passed over."""
-    try:
-        return float(header) if header is not None else None
-    except ValueError:
+    """`Retry-After`, which is a number of seconds or a date; anything else is passed over."""
+    if header is None:
         return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            date = email.utils.parsedate_to_datetime(header)
+        except ValueError:
+            return None
+        seconds = (date.astimezone(UTC) - datetime.now(UTC)).total_seconds()
+    return seconds if math.isfinite(seconds) else None
 
 
 def _failed(request: Request, why: str) -> Completion:
@@ -223,8 +277,8 @@ def _parse(request: Request, reply: httpx.Response) -> Completion:
             id=request.id,
             text=text,
             finish_reason=_FINISH.get(choice.get("finish_reason"), "stop"),
-            prompt_tokens=int(usage.get("prompt_tokens", 0)),
-            completion_tokens=int(usage.get("completion_tokens", 0)),
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            completion_tokens=int(usage.get("completion_tokens") or 0),
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise _Retry(f"a reply that is no chat completion: {error}") from None

@@ -13,15 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from teams_hpc.config.digest import model_content_id
 from teams_hpc.config.schema import TransformersEngineConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Completion, Exactness, Message, Request, Score, ScoreRequest
+from teams_hpc.llm.local_model import enough_memory, find_device, load_model, pad_id, stop_ids
 from teams_hpc.llm.sampling import next_tokens
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TransformersEngine:
@@ -38,15 +36,13 @@ class TransformersEngine:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._config = config
-        self._device = _find_device(config.device)
-        self._tokenizer, self._model = _load(config, self._device)
+        self._device = find_device(config.device)
+        self._tokenizer, self._model = load_model(config, self._device)
         self._content_id = model_content_id(config.model)
-        self._pad_id = self._tokenizer.pad_token_id
-        self._stop_ids = _stop_ids(self._tokenizer, self._model)
+        self._stop_ids = stop_ids(self._tokenizer, self._model)
         if not self._stop_ids:
             raise EngineError(f"{config.model} names no end-of-text token; add it to its config")
-        if self._pad_id is None:
-            self._pad_id = min(self._stop_ids)
+        self._pad_id = pad_id(self._tokenizer, self._model, self._stop_ids)
         self._longest = int(self._model.config.max_position_embeddings)
         self._pending: list[tuple[Request, list[int]]] = []
 
@@ -88,7 +84,8 @@ class TransformersEngine:
             else:
                 done.append(self._too_long(request, prompt))
         for start in range(0, len(fitting), size):
-            done += self._complete(fitting[start : start + size])
+            with enough_memory(self._config):
+                done += self._complete(fitting[start : start + size])
         return done
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
@@ -102,7 +99,8 @@ class TransformersEngine:
         scores: dict[int, Score] = {}
         for start in range(0, len(order), self._config.batch_size):
             chosen = order[start : start + self._config.batch_size]
-            sums = self._score_batch([encoded[index] for index in chosen])
+            with enough_memory(self._config):
+                sums = self._score_batch([encoded[index] for index in chosen])
             for index, log_probabilities in zip(chosen, sums, strict=True):
                 scores[index] = Score(
                     log_probabilities=tuple(log_probabilities),
@@ -149,9 +147,10 @@ class TransformersEngine:
         shared = min(len(self._tokens(prompt)), *(len(ids) - 1 for ids in whole))
         while any(ids[:shared] != whole[0][:shared] for ids in whole):
             shared -= 1
-        if max(len(ids) for ids in whole) > self._longest:
+        longest = max(len(ids) for ids in whole)
+        if longest > self._longest:
             raise EngineError(
-                f"a prompt to be judged has {len(whole[0])} tokens, more than the {self._longest} "
+                f"a prompt to be judged has {longest} tokens, more than the {self._longest} "
                 f"positions of {self._config.model}; use a reviewer with a longer context"
             )
         return whole[0][:shared], [ids[shared:] for ids in whole]
@@ -193,7 +192,7 @@ class TransformersEngine:
         cache: Any = None
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         for position in range(max(limits)):
-            output = self._forward(ids, mask, positions, cache)
+            output = self._forward(ids, mask, positions, cache, num_logits=1)
             cache = output.past_key_values
             chosen = next_tokens(
                 output.logits[:, -1].float(),
@@ -218,21 +217,26 @@ class TransformersEngine:
         ]
 
     def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: Any,
+        *,
+        num_logits: int,
     ) -> Any:
-        try:
-            return self._model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-        except torch.cuda.OutOfMemoryError:
-            raise EngineError(
-                f"out of GPU memory with {self._config.model} and batch_size="
-                f"{self._config.batch_size}; lower batch_size"
-            ) from None
+        """One pass over `ids`, with logits of its last `num_logits` positions alone.
+
+        Those of a whole prompt would be the largest tensor by far, and nobody reads them.
+        """
+        return self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=num_logits,
+        )
 
     def _completion(self, request: Request, prompt: list[int], tokens: list[int]) -> Completion:
         is_stopped = bool(tokens) and tokens[-1] in self._stop_ids
@@ -250,25 +254,26 @@ class TransformersEngine:
         """Sums of log-probabilities, by prompt and option."""
         ids, mask = self._pad_left([prompt for prompt, _ in batch])
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = self._forward(ids, mask, positions, None)
+        output = self._forward(ids, mask, positions, None, num_logits=1)
         counts = [len(options) for _, options in batch]
-        repeats = torch.tensor(counts, device=self._device)
-        output.past_key_values.batch_repeat_interleave(counts[0])
+        rows = torch.arange(len(batch), device=self._device).repeat_interleave(
+            torch.tensor(counts, device=self._device)
+        )
+        output.past_key_values.batch_select_indices(rows)
         tails = [option for _, options in batch for option in options]
         width = max(len(tail) for tail in tails)
         tail_ids = torch.tensor(
             [tail + [self._pad_id] * (width - len(tail)) for tail in tails], device=self._device
         )
-        first = output.logits[:, -1:].repeat_interleave(repeats, dim=0)
-        last = positions[:, -1:].repeat_interleave(repeats, dim=0)
-        whole_mask = torch.cat(
-            [mask.repeat_interleave(repeats, dim=0), torch.ones_like(tail_ids)], dim=1
-        )
+        first = output.logits[rows]
+        last = positions[rows, -1:]
+        whole_mask = torch.cat([mask[rows], torch.ones_like(tail_ids)], dim=1)
         later = self._forward(
             tail_ids,
             whole_mask,
             last + 1 + torch.arange(width, device=self._device),
             output.past_key_values,
+            num_logits=width,
         ).logits[:, :-1]
         logits = torch.cat([first, later], dim=1).float()
         each = logits.log_softmax(-1).gather(2, tail_ids[:, :, None])[:, :, 0]
@@ -277,36 +282,3 @@ class TransformersEngine:
         sums = (each.double() * counted).sum(1).tolist()
         flat = iter(sums)
         return [[next(flat) for _ in range(count)] for count in counts]
-
-
-def _find_device(wanted: str) -> torch.device:
-    has_gpu = torch.cuda.is_available()
-    if wanted == "cuda" and not has_gpu:
-        raise EngineError("device is cuda, but torch sees no GPU; set device to auto or cpu")
-    return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
-
-
-def _load(config: TransformersEngineConfig, device: torch.device) -> tuple[Any, Any]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            dtype=_DTYPES[config.dtype],
-            local_files_only=True,
-            use_safetensors=True,
-        )
-        return tokenizer, model.to(device).eval()
-    except torch.cuda.OutOfMemoryError:
-        raise EngineError(f"{config.model} does not fit into the GPU's memory") from None
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise EngineError(f"can't load the model in {config.model}: {reason}") from None
-
-
-def _stop_ids(tokenizer: Any, model: Any) -> frozenset[int]:
-    """Tokens that end a reply: those of the tokenizer and of the generation config."""
-    found: set[int] = set()
-    for ids in (tokenizer.eos_token_id, model.generation_config.eos_token_id):
-        if ids is not None:
-            found.update(ids if isinstance(ids, list) else [ids])
-    return frozenset(found)

@@ -1,17 +1,21 @@
 """The transformers engine on small random Llamas: exact in any batch, scored like a plain model."""
 
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from teams_hpc.config import TransformersEngineConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Completion, Message, Request, ScoreRequest, Task, complete_all
 from teams_hpc.llm.load import load_engines
+from teams_hpc.llm.local_model import enough_memory
 from teams_hpc.llm.transformers_engine import TransformersEngine
 
 TASK = Task(kind="answer", instruction="")
@@ -141,8 +145,82 @@ def test_equal_settings_share_one_model(tiny_llama: Path) -> None:
     assert third is not first
 
 
-def test_a_folder_without_weights_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
-    with pytest.raises(EngineError, match="can't load the model in"):
-        TransformersEngine(settings(tmp_path))
+def test_prompts_with_other_options_are_scored_side_by_side(tiny_llama: Path) -> None:
+    engine = TransformersEngine(settings(tiny_llama))
+    options = (("Equal",), ("Equal", "Not Equal", "neither"), ("Not Equal", "Equal"))
+    asked = [
+        ScoreRequest(messages=one.messages, task=TASK, options=some)
+        for one, some in zip(REQUESTS, options, strict=False)
+    ]
+    together = engine.score(asked)
+    for one, score in zip(asked, together, strict=True):
+        (alone,) = engine.score([one])
+        assert score.log_probabilities == pytest.approx(alone.log_probabilities, abs=1e-4)
+        assert len(score.log_probabilities) == len(one.options)
+
+
+def test_a_pad_token_without_an_embedding_is_not_used(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<another pad>"})
+    tokenizer.save_pretrained(folder)
+    expected = complete_all(TransformersEngine(settings(tiny_llama)), REQUESTS)
+    assert complete_all(TransformersEngine(settings(folder)), REQUESTS) == expected
+
+
+def _tear_weights(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-500])
+
+
+def _drop_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _change_shape(folder: Path) -> None:
+    config = folder / "config.json"
+    text = config.read_text()
+    assert '"intermediate_size": 64' in text
+    config.write_text(text.replace('"intermediate_size": 64', '"intermediate_size": 128'))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "can't load the model in"),
+        (_tear_weights, "can't load the model in"),
+        (_change_shape, "can't load the model in"),
+        (_drop_a_tensor, "lacks 1 weights, among them model.layers.1.mlp.up_proj.weight"),
+        (lambda folder: (folder / "config.json").write_text('{"a'), "not a valid JSON"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "can't load the model in"),
+        (shutil.rmtree, "is no folder"),
+    ],
+)
+def test_a_folder_without_a_whole_model_is_refused(
+    tiny_llama: Path, tmp_path: Path, spoil: Callable[[Path], object], says: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    spoil(folder)
+    with pytest.raises(EngineError, match=says) as caught:
+        TransformersEngine(settings(folder))
+    assert "all weights as safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: 9 bytes")]
+)
+def test_out_of_memory_says_what_to_lower(tiny_llama: Path, error: RuntimeError) -> None:
+    with pytest.raises(EngineError, match="lower batch_size"), enough_memory(settings(tiny_llama)):
+        raise error
+
+
+def test_other_faults_are_not_called_out_of_memory(tiny_llama: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match="a bug"),
+        enough_memory(settings(tiny_llama)),
+    ):
+        raise RuntimeError("a bug")

@@ -1,8 +1,11 @@
 """The http engine against a real server that misbehaves."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from chat_server import ChatServer, chat_server
 from teams_hpc.config import HttpEngineConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Message, Request, Task, complete_all
-from teams_hpc.llm.http_engine import HttpEngine
+from teams_hpc.llm.http_engine import HttpEngine, _pause_s, _seconds
 
 TASK = Task(kind="answer", instruction="")
 KEY = "sk-very-secret-4711"
@@ -42,8 +45,8 @@ def engine_for(server: ChatServer, **values: Any) -> Iterator[HttpEngine]:
 
 
 def test_every_request_is_answered_once_whatever_the_server_does() -> None:
-    faults = ("429", "500", "torn", "ok", "drop", "503", "wrong", "ok")
-    server = ChatServer(behave=lambda number: faults[number % 8] if number < 80 else "ok")
+    faults = ("429", "500", "torn", "ok", "drop", "503", "wrong", "gzip", "ok", "408")
+    server = ChatServer(behave=lambda number: faults[number % 10] if number < 80 else "ok")
     with chat_server(server), engine_for(server, max_retries=20) as engine:
         done = complete_all(engine, requests(60))
         assert engine.num_pending == 0
@@ -55,9 +58,9 @@ def test_every_request_is_answered_once_whatever_the_server_does() -> None:
 
 
 def test_no_more_calls_at_a_time_than_allowed() -> None:
-    server = ChatServer(delay_s=0.02)
+    server = ChatServer(delay_s=0.1)
     with chat_server(server), engine_for(server, max_concurrency=3) as engine:
-        complete_all(engine, requests(24))
+        complete_all(engine, requests(12))
     assert server.peak == 3
 
 
@@ -123,8 +126,6 @@ def test_a_slow_server_times_out_and_is_asked_again() -> None:
     server = ChatServer()
 
     def behave(number: int) -> str:
-        import time
-
         time.sleep(next(slow))
         return "ok"
 
@@ -133,3 +134,88 @@ def test_a_slow_server_times_out_and_is_asked_again() -> None:
         (done,) = complete_all(engine, requests(1))
     assert done.text == "echo: prompt 0"
     assert len(server.bodies) == 2
+
+
+def test_a_server_that_drips_is_cut_off() -> None:
+    server = ChatServer(behave=lambda number: "drip" if number == 0 else "ok")
+    with chat_server(server), engine_for(server, timeout_s=0.2, max_retries=1) as engine:
+        (done,) = complete_all(engine, requests(1))
+    assert done.text == "echo: prompt 0"
+    assert len(server.bodies) == 2
+
+
+def test_a_reply_without_usage_counts_no_tokens() -> None:
+    server = ChatServer(behave=lambda number: "unmeasured")
+    with chat_server(server), engine_for(server) as engine:
+        (done,) = complete_all(engine, requests(1))
+    assert (done.finish_reason, done.prompt_tokens, done.completion_tokens) == ("stop", 0, 0)
+
+
+@pytest.mark.parametrize("stray", ["\nx", "\rx", "é"])
+def test_a_key_that_is_none_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, stray: str
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY + stray)
+    with pytest.raises(EngineError, match="MY_KEY holds characters") as caught:
+        HttpEngine(HttpEngineConfig(base_url="http://x/v1", model="m", api_key_env="MY_KEY"))
+    assert KEY not in str(caught.value)
+
+
+def test_a_key_is_sent_without_the_line_break_of_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", f"{KEY}\r\n")
+    with chat_server(ChatServer()) as server, engine_for(server, api_key_env="MY_KEY") as engine:
+        complete_all(engine, requests(1))
+    assert server.keys == [f"Bearer {KEY}"]
+
+
+def test_a_complaint_is_passed_on_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    server = ChatServer(behave=lambda number: "400", complaint=f"too long, said {KEY}")
+    with chat_server(server), engine_for(server, api_key_env="MY_KEY") as engine:
+        (done,) = complete_all(engine, requests(1))
+    assert "answered 400: too long, said [key]" in done.error
+
+
+@pytest.mark.parametrize("address", ["http://[::1/v1", "http://node7:99999/v1"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(EngineError, match="is no address"):
+        HttpEngine(HttpEngineConfig(base_url=address, model="m"))
+
+
+def drain(engine: HttpEngine, done: list[str]) -> None:
+    while engine.num_pending:
+        done += [completion.id for completion in engine.step()]
+
+
+def test_replies_that_came_before_a_refusal_are_not_lost() -> None:
+    server = ChatServer(behave=lambda number: "ok" if number < 5 else "401")
+    done: list[str] = []
+    with chat_server(server), engine_for(server, max_concurrency=1) as engine:
+        for request in requests(6):
+            engine.add(request)
+        while len(server.answered) < 5 or len(server.bodies) < 6:
+            time.sleep(0.005)
+        with pytest.raises(EngineError, match="refuses the key"):
+            drain(engine, done)
+        assert engine.num_pending == 0
+    assert done == [f"r{n}" for n in range(5)]
+
+
+def test_a_server_that_asks_for_time_gets_it() -> None:
+    now = datetime.now(UTC)
+    assert _seconds("7") == 7.0
+    assert 50 < (_seconds(format_datetime(now + timedelta(seconds=60), usegmt=True)) or 0) <= 60
+    assert _seconds("soon") is _seconds("nan") is _seconds(None) is None
+    for attempt in range(12):
+        assert 7.0 < _pause_s(4711, attempt, 7.0) < 7.0 + 1.5 * 60
+    assert len({_pause_s(seed, 0, 7.0) for seed in range(50)}) > 40
+
+
+def test_closing_with_calls_in_flight_ends_the_thread() -> None:
+    server = ChatServer(delay_s=0.2)
+    with chat_server(server), engine_for(server) as engine:
+        for request in requests(10):
+            engine.add(request)
+        engine.close()
+        assert not engine._thread.is_alive()
+        engine.close()

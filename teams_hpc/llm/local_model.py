@@ -1,0 +1,93 @@
+"""Loading a local Llama-family folder, and saying clearly why one doesn't load."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from teams_hpc.config.schema import TransformersEngineConfig
+from teams_hpc.errors import EngineError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WHAT_IT_TAKES = "it must hold config.json, a tokenizer and all weights as safetensors"
+
+
+def find_device(wanted: str) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda` means here.
+
+    Raises:
+        EngineError: There is no GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise EngineError("device is cuda, but torch sees no GPU; set device to auto or cpu")
+    return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
+
+
+@contextmanager
+def enough_memory(config: TransformersEngineConfig) -> Iterator[None]:
+    """Turn running out of memory, which torch tells in several ways, into one message."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and "can't allocate memory" not in str(error):
+            raise
+        raise EngineError(
+            f"out of memory with {config.model} at batch_size={config.batch_size}; lower "
+            "batch_size, or use bfloat16 or a smaller model"
+        ) from None
+
+
+def load_model(config: TransformersEngineConfig, device: torch.device) -> tuple[Any, Any]:
+    """Tokenizer and model, ready for inference; code that a folder brings along is never run.
+
+    Raises:
+        EngineError: The folder holds no whole model.
+    """
+    if not config.model.is_dir():
+        raise EngineError(f"{config.model} is no folder; {_WHAT_IT_TAKES}")
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with enough_memory(config):
+            tokenizer = AutoTokenizer.from_pretrained(config.model, **options)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                config.model,
+                dtype=_DTYPES[config.dtype],
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+            model = model.to(device).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EngineError(
+            f"can't load the model in {config.model}: {reason} ({_WHAT_IT_TAKES})"
+        ) from None
+    # transformers gives tensors that are not there random values.
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise EngineError(
+            f"{config.model} lacks {len(missing)} weights, among them {missing[0]}; "
+            f"{_WHAT_IT_TAKES}"
+        )
+    return tokenizer, model
+
+
+def stop_ids(tokenizer: Any, model: Any) -> frozenset[int]:
+    """Tokens that end a reply: those of the tokenizer and of the generation config."""
+    found: set[int] = set()
+    for ids in (tokenizer.eos_token_id, model.generation_config.eos_token_id):
+        if ids is not None:
+            found.update(ids if isinstance(ids, list) else [ids])
+    return frozenset(found)
+
+
+def pad_id(tokenizer: Any, model: Any, stops: frozenset[int]) -> int:
+    """A token to pad with: any would do, since padding is masked, but it must have an embedding."""
+    own: int | None = tokenizer.pad_token_id
+    has_embedding = own is not None and own < model.get_input_embeddings().num_embeddings
+    return own if own is not None and has_embedding else min(stops)
