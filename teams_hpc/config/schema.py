@@ -270,6 +270,8 @@ class SftConfig(Section):
                     f"sequence_length {self.sequence_length} is more than the model's "
                     f"max_position_embeddings {longest}"
                 )
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage 3, which divides parameters")
         return self
 
 

@@ -107,6 +107,6 @@ def _offload(sft: SftConfig) -> dict[str, Any]:
     offload: dict[str, Any] = {}
     if sft.offload_optimizer:
         offload["offload_optimizer"] = where
-    if sft.offload_parameters and sft.zero_stage == 3:
+    if sft.offload_parameters:
         offload["offload_param"] = where
     return offload
