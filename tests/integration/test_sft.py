@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from teams_hpc.config import Config, ModelShape, dump_yaml
 from teams_hpc.config.digest import file_digest
@@ -207,9 +207,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data_folder: Path, start: 
     return run_dir
 
 
-def _plain_losses(run_dir: RunDir) -> list[float]:
-    """The same training written plainly: one process, whole batches, torch alone."""
-    model = AutoModelForCausalLM.from_pretrained(run_dir.base_model, dtype=torch.float32)
+def _train_plainly(run_dir: RunDir, model: Any, num_steps: int = STEPS) -> list[list[float]]:
+    """The same training with torch alone, one process, whole batches: loss and gradient norm."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": SFT.weight_decay}, {"params": others}]
@@ -217,7 +216,7 @@ def _plain_losses(run_dir: RunDir) -> list[float]:
     rows = PackedRows.open(run_dir.packed_rows, "train", LENGTH)
     schedule, order = Schedule.of(SFT, len(rows)), RowOrder(len(rows), SEED)
     found = []
-    for step in range(STEPS):
+    for step in range(num_steps):
         batch = rows.read(order.rows(step * BATCH_ROWS, BATCH_ROWS))
         logits = model(
             input_ids=torch.from_numpy(batch.input_ids),
@@ -229,21 +228,24 @@ def _plain_losses(run_dir: RunDir) -> list[float]:
         )
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), SFT.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), SFT.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(step)
         optimizer.step()
-        found.append(loss.item())
+        found.append([loss.item(), norm.item()])
     return found
 
 
 def test_two_processes_train_as_plain_pytorch_does(trained: RunDir) -> None:
-    found, plain = losses(trained), _plain_losses(trained)
-    assert len(found) == STEPS
-    np.testing.assert_allclose(found, plain, rtol=0, atol=1e-4)
-    assert plain[-1] < plain[0] - 0.5
-    # Clipping and accumulation took part, else the comparison says little of them.
-    assert max(line.get("grad_norm", 0.0) for line in metrics(trained)) > SFT.grad_clip
+    base = AutoModelForCausalLM.from_pretrained(trained.base_model, dtype=torch.float32)
+    plain = np.array(_train_plainly(trained, base))
+    assert len(losses(trained)) == STEPS
+    np.testing.assert_allclose(losses(trained), plain[:, 0], rtol=0, atol=1e-4)
+    assert plain[-1, 0] < plain[0, 0] - 0.5
+    # Adam and clipping both hide a wrong scale of the gradient from the losses.
+    norms = [line["grad_norm"] for line in metrics(trained) if "loss" in line]
+    np.testing.assert_allclose(norms, plain[:, 1], rtol=1e-3)
+    assert plain[:, 1].max() > SFT.grad_clip
 
 
 @torch.no_grad()
@@ -375,6 +377,36 @@ def test_zero_2_in_bfloat16_from_a_folder(
     assert manifest["held_out_loss"]["after"] == pytest.approx(
         _held_out_loss(model, run_dir), abs=0.02
     )
+
+
+def _grown(weight: torch.Tensor, num_rows: int) -> torch.nn.Parameter:
+    added = weight.detach().mean(0, keepdim=True).expand(num_rows - len(weight), -1)
+    return torch.nn.Parameter(torch.cat([weight.detach(), added]))
+
+
+def test_a_folder_with_too_few_tokens_grows_by_average_ones(
+    tmp_path: Path, data_folder: Path, start: Start
+) -> None:
+    run_dir = new_run(tmp_path, data_folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        values = SHAPE.model_dump() | {"vocab_size": 200, "tie_word_embeddings": False}
+        model = LlamaForCausalLM(LlamaConfig(**values))
+    model.save_pretrained(tmp_path / "small")
+    codes, errors = start(run_dir, model=tmp_path / "small", max_steps=4).wait()
+    assert codes == [0, 0], errors
+
+    num_tokens = len(AutoTokenizer.from_pretrained(run_dir.tokenizer, local_files_only=True))
+    num_rows = math.ceil(num_tokens / 64) * 64
+    model.model.embed_tokens.weight = _grown(model.model.embed_tokens.weight, num_rows)
+    model.lm_head.weight = _grown(model.lm_head.weight, num_rows)
+    model.config.vocab_size = model.vocab_size = num_rows
+    plain = np.array(_train_plainly(run_dir, model, num_steps=4))
+    np.testing.assert_allclose(losses(run_dir), plain[:, 0], rtol=0, atol=1e-4)
+    trained = AutoModelForCausalLM.from_pretrained(run_dir.model, local_files_only=True)
+    assert trained.lm_head.weight.shape == trained.model.embed_tokens.weight.shape
+    assert trained.config.vocab_size == len(trained.lm_head.weight) == num_rows
+    torch.testing.assert_close(trained.state_dict(), model.state_dict(), rtol=0, atol=1e-4)
 
 
 def test_a_loss_that_is_no_number_names_the_step_and_is_not_saved(
