@@ -25,6 +25,7 @@ from teams_hpc.sft.data import Batch, PackedRows, RowOrder
 from teams_hpc.sft.deepspeed_config import BatchPlan, deepspeed_config, plan_batch
 from teams_hpc.sft.engine import StepResult, ZeroEngine
 from teams_hpc.sft.export import base_card, model_card, model_files, write_model
+from teams_hpc.sft.folders import remove_leftover_folders
 from teams_hpc.sft.model import build_model
 from teams_hpc.sft.schedule import Schedule
 from teams_hpc.sft.world import World, default_threads, find_device, joined_world
@@ -98,6 +99,7 @@ class _Training:
         config, run_dir = self.config, self.run_dir
         digest = read_json(run_dir.inputs("sft"))["digest"]
         if self.world.is_first:
+            remove_leftover_folders(run_dir.sft)  # of a kill while a model was being written
             remove_leftovers(run_dir.sft)
         store = CheckpointStore(
             run_dir.checkpoints, digest, self.world, config.sft.keep_checkpoints
