@@ -228,6 +228,8 @@ def test_killed_in_every_stage_it_completes_with_the_same_rows(
         while processes_of(root) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert processes_of(root) == []
+        if stage == "sft":  # what a kill while a model is being written leaves
+            (root / "sft" / ".base.tmp").mkdir(exist_ok=True)
     code, output = run(config)
     assert code == 0, output
     assert data_digest(root) == data_digest(finished / "runs" / "tiny")
