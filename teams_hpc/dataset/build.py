@@ -6,7 +6,7 @@ was interrupted, because together they take minutes; the manifest comes last.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def _write_dataset(
 ) -> str:
     """Write the rows that stay; returns the SHA-256 over their columns."""
     with TableWriter(run_dir.dataset_rows, DATASET_COLUMNS, "dataset") as writer:
-        for rows in _gathered(_rows_that_stay(shards, fates, watch)):
+        for rows in _rows_that_stay(shards, fates, watch):
             writer.append(rows)
         digest = read_json(run_dir.inputs("dataset"))["digest"]
         return writer.close({"digest": digest, "counts": counts})
@@ -144,19 +144,6 @@ def _rows_that_stay(shards: Shards, fates: Sequence[Fate], watch: _Watch) -> Ite
         yield kept
         done += len(own)
         watch.check(1, done, len(fates), "writing")
-
-
-def _gathered(pieces: Iterable[Rows]) -> Iterator[Rows]:
-    """Pieces joined to some thousand rows: appending to a table costs the same for one row."""
-    waiting: Rows = {column.name: [] for column in DATASET_COLUMNS}
-    for rows in pieces:
-        for name, values in rows.items():
-            waiting[name].extend(values)
-        if len(waiting["use"]) >= _ROWS_AT_A_TIME:
-            yield waiting
-            waiting = {name: [] for name in waiting}
-    if waiting["use"]:
-        yield waiting
 
 
 def _training_rows(dataset: Path) -> Iterator[Row]:

@@ -96,7 +96,8 @@ def export_dataset(
                 if not count:
                     raise UsageError(f"--rows: the data set has no {rows} rows")
         except OSError as error:
-            raise UsageError(f"--output: can't write {output}: {error.strerror}") from None
+            fault = error.strerror or error  # pyarrow's have no strerror
+            raise UsageError(f"--output: can't write {output}: {fault}") from None
     return count
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from teams_hpc.dataset.balance import GROUPS, Fate
 from teams_hpc.dataset.packing import COLUMNS, Sequences, best_fit_decreasing, fill_rows
 from teams_hpc.dataset.templates import Example, PromptFormat, Row
-from teams_hpc.storage.atomic import replacing
+from teams_hpc.storage.atomic import naming_disk_faults, replacing
+from teams_hpc.storage.hdf5_file import OutputFile
 from teams_hpc.storage.shards import Table
 
 _ROWS_AT_A_TIME = 256
@@ -117,17 +118,23 @@ def write_packed(
 
     Returns:
         Counts by group: rows, sequences, tokens, padding share, what was cut and left out.
+
+    Raises:
+        WorkError: The disk is full; nothing is left under the name.
     """
     counts: dict[str, dict[str, Any]] = {}
-    with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
-        for group, collector in collectors.items():
-            sequences = collector.sequences()
-            rows = best_fit_decreasing(sequences.lengths, collector.row_length)
-            counts[group.value] = _describe(collector, sequences, len(rows))
-            _write_group(file.create_group(group.value), sequences, rows, collector, pad_token_id)
-            file[group.value].attrs.update(counts[group.value])
-        file.attrs["pad_token_id"] = pad_token_id
-        file.attrs.update(attrs)
+    with naming_disk_faults(path), replacing(path) as temporary, OutputFile(temporary) as output:
+        with h5py.File(output, "w") as file:
+            for group, collector in collectors.items():
+                sequences = collector.sequences()
+                rows = best_fit_decreasing(sequences.lengths, collector.row_length)
+                counts[group.value] = _describe(collector, sequences, len(rows))
+                written = file.create_group(group.value)
+                _write_group(written, sequences, rows, collector, pad_token_id)
+                written.attrs.update(counts[group.value])
+            file.attrs["pad_token_id"] = pad_token_id
+            file.attrs.update(attrs)
+        output.check()
     return counts
 
 

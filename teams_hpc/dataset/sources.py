@@ -3,13 +3,12 @@
 Plan order is the data set's order, so nothing here depends on how many workers made the shards.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from teams_hpc.errors import CorruptFileError, WorkError
-from teams_hpc.storage.atomic import read_json
 from teams_hpc.storage.run_dir import RunDir, read_manifest
 from teams_hpc.storage.shards import Rows, Table
 
@@ -22,12 +21,12 @@ class Shards:
     """The finished shards of a run.
 
     Attributes:
-        paths: By unit.
+        digests: SHA-256 over its columns by shard, in plan order, as generation's manifest says.
         num_rows: Rows in all of them, as generation's manifest says.
         exactness: Whether the same run would give the same rows: `exact` or `statistical`.
     """
 
-    paths: tuple[Path, ...]
+    digests: Mapping[Path, str]
     num_rows: int
     exactness: str
 
@@ -41,9 +40,8 @@ class Shards:
         manifest = read_manifest(run_dir, "generate")
         if manifest is None:
             raise WorkError("dataset needs generate, which is not done; run generate first")
-        num_units = int(read_json(run_dir.plan)["num_units"])
         return cls(
-            tuple(run_dir.shard(unit) for unit in range(num_units)),
+            {run_dir.shards / name: str(digest) for name, digest in manifest["units"].items()},
             int(manifest["counts"]["attempted"]),
             str(manifest["exactness"]),
         )
@@ -52,25 +50,20 @@ class Shards:
         """Like `blocks` of the columns that decide a row's fate, each shard's checksums first.
 
         Raises:
-            CorruptFileError: A shard is missing, damaged or changed, or there are too few rows.
+            CorruptFileError: A shard is missing, damaged or another than generation made.
         """
-        found = 0
-        for path in self.paths:
+        for path, digest in self.digests.items():
             with _open(path) as table:
                 faults = table.verify()
+                if not faults and table.attrs["sha256"] != digest:
+                    faults = [f"{path} is not the shard that generation's manifest names"]
                 if faults:
                     raise CorruptFileError(f"{faults[0]}; {_REMEDY}")
-                found += table.num_rows
                 yield from _blocks(table, FATE_COLUMNS)
-        if found != self.num_rows:
-            raise CorruptFileError(
-                f"{len(self.paths)} shards hold {found} rows, but generation's manifest says "
-                f"{self.num_rows}; {_REMEDY}"
-            )
 
     def blocks(self, columns: Sequence[str]) -> Iterator[Rows]:
         """Pieces of at most 1,024 rows, in plan order."""
-        for path in self.paths:
+        for path in self.digests:
             with _open(path) as table:
                 yield from _blocks(table, columns)
 

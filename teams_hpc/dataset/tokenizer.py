@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from teams_hpc.config import ModelShape
 from teams_hpc.dataset.templates import Row, alpaca_prompt
 from teams_hpc.errors import WorkError
-from teams_hpc.storage.atomic import fsync_folder
+from teams_hpc.storage.atomic import fsync_folder, naming_disk_faults
 
 _BOS, _EOS, _PAD = "<s>", "</s>", "<pad>"
 _log = logging.getLogger(__name__)
@@ -63,11 +63,12 @@ def prepare_tokenizer(
         prepared = PreparedTokenizer(tokenizer=tokenizer, is_trained=True, pad_is_eos=False)
     else:
         prepared = _load(model)
-    if folder.exists():
-        shutil.rmtree(folder)
-    prepared.tokenizer.save_pretrained(folder)
-    _forget_the_loading(folder / "tokenizer_config.json")
-    _make_durable(folder)
+    with naming_disk_faults(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        prepared.tokenizer.save_pretrained(folder)
+        _forget_the_loading(folder / "tokenizer_config.json")
+        _make_durable(folder)
     return prepared
 
 
