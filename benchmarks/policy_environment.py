@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +36,7 @@ from teams_hpc.config.schema import (
     TemplateEngineConfig,
     TransformersEngineConfig,
 )
-from teams_hpc.llm.base import Engine
+from teams_hpc.llm.base import Completion, Engine, Request, Score, ScoreRequest
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.llm.load import load_engine
 from teams_hpc.policy.environment import Episode, World
@@ -61,6 +61,35 @@ WAYS = (
     Way("one at a time", "likelihood", False),
     Way("published way", "generated", False),
 )
+
+
+class Finishing:
+    """A random model hardly ever ends a reply; taken as ended, its rewrites reach the reviewer."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.content_id = engine.content_id
+        self.exactness = engine.exactness
+        self.is_model = engine.is_model
+
+    @property
+    def num_pending(self) -> int:
+        return self._engine.num_pending
+
+    def add(self, request: Request) -> None:
+        self._engine.add(request)
+
+    def step(self) -> list[Completion]:
+        return [
+            replace(done, finish_reason="stop") if done.finish_reason == "length" else done
+            for done in self._engine.step()
+        ]
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        return self._engine.score(requests)
+
+    def close(self) -> None:
+        self._engine.close()
 
 
 def random_llama(folder: Path, threads: int) -> TransformersEngineConfig:
@@ -96,11 +125,15 @@ def engines(names: Sequence[str], folder: Path, threads: int) -> Iterator[tuple[
     if importlib.util.find_spec("teams_hpc.llm.transformers_engine") is None:
         print("llama: left out, there is no transformers engine here", file=sys.stderr)
         return
-    yield "llama", load_engine(random_llama(folder, threads))
+    yield "llama", Finishing(load_engine(random_llama(folder, threads)))
 
 
 def steps_per_second(engine: Engine, way: Way, num_episodes: int, length: int, key: int) -> float:
-    """Play `num_episodes` episodes of `length` steps and time the steps."""
+    """Play `num_episodes` episodes of `length` steps and time the steps.
+
+    Raises:
+        RuntimeError: Too few rewrites reached the reviewer, so steps without a verdict were timed.
+    """
     ledger = Ledger()
     world = World(
         settings=PolicyConfig(num_envs=num_episodes, episode_length=length),
@@ -122,7 +155,11 @@ def steps_per_second(engine: Engine, way: Way, num_episodes: int, length: int, k
                 (number + step) % len(OPERATIONS) for number in range(first, first + len(chosen))
             ]
             world.step(chosen, operations)
-    return num_episodes * length / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    judged, num_steps = ledger.total("reviewer").calls, num_episodes * length
+    if judged < 0.9 * num_steps:
+        raise RuntimeError(f"only {judged} of {num_steps} rewrites were judged")
+    return num_steps / seconds
 
 
 def measure(engine: Engine, num_envs: int, length: int, repeats: int) -> list[dict[str, Any]]:
