@@ -82,7 +82,10 @@ FATE_COLUMNS = (
 def _open(path: Path) -> Table:
     if not path.is_file():
         raise CorruptFileError(f"the shard {path} is missing; {_REMEDY}")
-    return Table.open(path)
+    try:
+        return Table.open(path)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{error}; {_REMEDY}") from None
 
 
 def _blocks(table: Table, columns: Sequence[str]) -> Iterator[Rows]:

@@ -269,6 +269,8 @@ def test_a_damaged_missing_or_foreign_shard_is_refused_with_a_remedy(tmp_path: P
     middle = len(whole) // 2
     shard.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     refusal()
+    shard.write_bytes(whole[:middle])
+    refusal()
     shard.unlink()
     assert "missing" in refusal()
     shutil.copy(run_dir.shard(1), shard)
