@@ -40,7 +40,7 @@ class FateSorter:
     """Decides every row's fate: `add` all rows in order, then `finish`.
 
     Memory: the texts of all candidates' instructions and inputs, and what clustering needs for
-    them (some 2 KB each): about 1 GB for 200,000 rows.
+    them (some 2 KB each): about 0.5 GB for 200,000 rows.
     """
 
     config: DatasetConfig

@@ -108,9 +108,11 @@ def _texts(rows: Iterable[Row]) -> Iterator[str]:
 
 def _load(model: Path) -> PreparedTokenizer:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, local_files_only=True, trust_remote_code=False
+        )
     # A tokenizer.model without tokenizer.json needs packages that may be missing (ImportError).
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise WorkError(
             f"sft.model: can't load the tokenizer in {model}: {_first_line(error)}; "
             "the folder needs tokenizer.json and tokenizer_config.json"

@@ -1,6 +1,10 @@
 """Packing: every sequence once, whole and apart from its neighbours, in few rows."""
 
 import math
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -13,6 +17,7 @@ from teams_hpc.dataset.balance import GROUPS, Fate
 from teams_hpc.dataset.packed_file import SequenceCollector, write_packed
 from teams_hpc.dataset.packing import COLUMNS, Sequences, best_fit_decreasing, fill_rows
 from teams_hpc.dataset.templates import Example
+from teams_hpc.errors import WorkError
 
 PAD = 0
 ROW_LENGTHS = st.integers(1, 80)
@@ -76,8 +81,9 @@ def test_a_sequence_that_fits_no_row_is_a_mistake(length: int) -> None:
 
 @st.composite
 def examples_and_row(draw: st.DrawFn) -> tuple[list[Example], int]:
-    row_length = draw(st.integers(2, 40))
-    lengths = draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), max_size=25))
+    row_length = draw(st.integers(6, 30))
+    part = st.integers(1, 5) | st.integers(1, 40)
+    lengths = draw(st.lists(st.tuples(part, part), max_size=25))
     counter = iter(range(1, 10_000))
     return [
         Example([next(counter) for _ in range(prompt + response)], prompt)
@@ -151,3 +157,35 @@ def test_no_sequences_make_no_rows() -> None:
     assert isinstance(empty, Sequences)
     assert best_fit_decreasing(empty.lengths, 8) == []
     assert fill_rows(empty, [], 8, PAD)["labels"].shape == (0, 8)
+
+
+def test_a_full_disk_is_one_clear_error_and_no_crash(tmp_path: Path) -> None:
+    """In a process of its own, because the limit that stands for the full disk is for a process."""
+    script = (
+        "import sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "import test_packing\n"
+        "test_packing.fill_disk(Path(sys.argv[2]))\n"
+    )
+    done = subprocess.run(
+        (sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def fill_disk(folder: Path) -> None:
+    """Pack 200 kB with room for less, in a process of its own."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    collectors = {group: SequenceCollector(100) for group in GROUPS}
+    for number in range(125):
+        collectors[Fate.TRAIN].add(Example([1] * 100, 2), number)
+    for limit in (0, 1_000, 50_000, 150_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        with pytest.raises(WorkError, match=rf"file size limit reached at {folder}"):
+            write_packed(folder / "packed.h5", collectors, PAD, {})

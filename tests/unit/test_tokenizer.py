@@ -24,6 +24,7 @@ ROWS = [
     Row("Name three rivers.", "", "The Nile, the Amazon and the Danube."),
     Row("Translate to French.", "Good morning", "Bonjour\n"),
     Row("Sort the numbers.", "3 1 2", "1 2 3"),
+    Row("Write it in C++.", "", "::x ::y ::z ::f"),
 ]
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -95,6 +96,18 @@ def test_alpaca_examples_decode_to_prompt_and_response(
         assert tokenizer.decode(response[:-1]) == row.response
         inside = {*prompt[1:], *response[:-1]}
         assert not inside & set(tokenizer.all_special_ids), "text became a special token"
+
+
+def test_a_prompt_is_tokenised_as_it_will_be_without_the_response(
+    trained: tuple[PreparedTokenizer, Path],
+) -> None:
+    """Together `Response:` and `:` would give the token `::`, which no prompt will end with."""
+    tokenizer = trained[0].tokenizer
+    assert len(tokenizer("::", add_special_tokens=False)["input_ids"]) == 1
+    [example] = AlpacaFormat(tokenizer).encode([Row("Begin.", "", ":x")])
+    prompt = tokenizer(alpaca_prompt("Begin.", ""))["input_ids"]
+    assert example.tokens[: example.prompt_length] == prompt
+    assert tokenizer.decode(example.tokens[example.prompt_length :]) == ":x</s>"
 
 
 def test_the_alpaca_prompt_is_the_published_one() -> None:
