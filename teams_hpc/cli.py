@@ -147,10 +147,10 @@ def status(
 def report(run_dir: RunFolder) -> None:
     """Write report/report.html again, from what there is now; one self-contained file."""
     from teams_hpc.pipeline.local import open_run
-    from teams_hpc.report.html import render_report
+    from teams_hpc.report.html import rewrite_report
 
     opened, config = open_run(run_dir)
-    print(render_report(opened, config))
+    print(rewrite_report(opened, config))
 
 
 @app.command()

@@ -75,6 +75,15 @@ def model_content_id(folder: Path) -> str:
     return whole.hexdigest()
 
 
+def _tree_content_id(folder: Path) -> str:
+    """SHA-256 over names and bytes of all files of a folder that is no model."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            whole.update(f"{path.relative_to(folder)}\0{file_digest(path)}\n".encode())
+    return whole.hexdigest()
+
+
 @functools.cache
 def _remembered_digest(path: Path, size: int, modified_ns: int) -> str:
     """A model is read once in a process, unless it changes."""
@@ -97,7 +106,8 @@ def _content(value: Any) -> Any:
     if not isinstance(value, Path):
         return value
     if value.is_dir():
-        return f"folder:{model_content_id(value)}"
+        is_model = (value / "config.json").is_file()
+        return f"folder:{model_content_id(value) if is_model else _tree_content_id(value)}"
     return f"file:{file_digest(value)}" if value.is_file() else f"missing:{value}"
 
 

@@ -46,7 +46,7 @@ def _normal(path: Path) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its traps: a key twice is an error, 24:00:00 and 1e-3 are what they seem."""
+    """YAML without its traps: a key twice is an error; 010, 24:00:00, 1e-3 are what they seem."""
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -67,13 +67,26 @@ _Loader.yaml_implicit_resolvers = {
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789")
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"),
     list("-+0123456789."),
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that `_Loader`, or any other YAML reader, would take for a number."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_Loader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -276,5 +289,6 @@ def load_resolved(path: Path) -> Config:
 
 def dump_yaml(config: Config) -> str:
     """The whole configuration as YAML that `load_resolved` reads back to an equal `Config`."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    values = config.model_dump(mode="json")
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=100)
     return text

@@ -20,7 +20,11 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values never change."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 

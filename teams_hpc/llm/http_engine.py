@@ -271,6 +271,8 @@ def _parse(request: Request, reply: httpx.Response) -> Completion:
         choice = value["choices"][0]
         text = choice["message"]["content"]
         usage = value.get("usage") or {}
+        if text is None and choice.get("finish_reason"):
+            text = ""  # a filter, or a model that only thought: a whole reply, and paid for
         if not isinstance(text, str):
             raise TypeError("content is not text")
         return Completion(

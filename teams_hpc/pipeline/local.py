@@ -1,5 +1,6 @@
 """Running the stages on this machine, each in processes of its own."""
 
+import logging
 import os
 import socket
 import sys
@@ -10,7 +11,7 @@ from typing import Protocol
 
 from teams_hpc.config import Config, dump_yaml, load_resolved
 from teams_hpc.config.check import check_inputs
-from teams_hpc.errors import RunInUseError, TeamsError, UsageError, WorkError
+from teams_hpc.errors import RunInUseError, StopRequested, TeamsError, UsageError, WorkError
 from teams_hpc.pipeline.graph import Stage, find_stage, stage_graph, task_name
 from teams_hpc.pipeline.inputs import check_unchanged, is_done, prepare_stage, set_aside
 from teams_hpc.pipeline.provenance import record_provenance
@@ -20,7 +21,9 @@ from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.runtime.processes import Task, TaskGroup
 from teams_hpc.storage.atomic import naming_disk_faults, read_json, write_text
 from teams_hpc.storage.lease import Lease, read_holder
-from teams_hpc.storage.run_dir import RunDir
+from teams_hpc.storage.run_dir import RunDir, read_manifest
+
+_log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
@@ -71,20 +74,41 @@ def run_pipeline(
         ) from None
     lease = Lease(run_dir.leases / "run", config.site.lease_s)
     with lease:
-        if not lease.acquire():
+        if not (lease.acquire() or _outlast_holder(lease, stop)):
             found = read_holder(lease.path)
             who = f"process {found[0].pid} on {found[0].host}" if found else "another process"
             raise RunInUseError(
                 f"{run_dir.root} is in use by {who}; wait for it, stop it, or choose another name"
             )
+        check_unchanged(run_dir, config, before=rerun_from)
         if rerun_from is not None:
             set_aside(run_dir, config, rerun_from)
-        check_unchanged(run_dir, config)
         write_text(run_dir.config, dump_yaml(config))
         record_provenance(run_dir)
         for stage in stage_graph(config):
             _run_stage(run_dir, config, stage, observer, stop)
     return run_dir
+
+
+def _outlast_holder(lease: Lease, stop: StopFlag) -> bool:
+    """Take the claim of a holder on another machine, or on this one before it was started anew.
+
+    Whether that process lives shows only in its heartbeat, so this waits up to `lease_s` for one.
+    """
+    found = read_holder(lease.path)
+    if found is not None and not found[0].is_on_this_host():
+        _log.warning(
+            "the run was last held on %s; waiting up to %g s for a sign of life from there",
+            found[0].host,
+            lease.lease_s,
+        )
+        while not lease.acquire():
+            stop.raise_if_set("nothing")
+            if read_holder(lease.path) not in (found, None):
+                return False
+            time.sleep(0.1)
+        return True
+    return False
 
 
 def _run_stage(
@@ -94,6 +118,9 @@ def _run_stage(
     if is_done(run_dir, config, stage):
         observer.stage_skipped(stage)
         return
+    if read_manifest(run_dir, stage.name) is not None:  # done before, and now to go further
+        later = stage_graph(config)
+        set_aside(run_dir, config, later[later.index(stage) + 1].name)
     observer.stage_started(stage)
     start = time.monotonic()
     tasks = stage_tasks(run_dir, config, stage)
@@ -188,13 +215,15 @@ def run_stage_here(run_dir: RunDir, config: Config, name: str, index: int, stop:
     """Run one task of one stage in this process; what `teams-hpc stage` does.
 
     Raises:
-        TeamsError: As the stage raised it; its text is also left at `error_path`.
+        TeamsError: As the stage raised it; the text of a failure is also left at `error_path`.
     """
     stage = find_stage(config, name)
     prepare_stage(run_dir, config, stage)
     try:
         with naming_disk_faults(run_dir.root):
             stage.load()(run_dir, config, index, stop)
+    except StopRequested:
+        raise
     except (TeamsError, OSError) as error:
         with suppress(OSError):  # a full disk takes no last words
             path = error_path(run_dir, task_name(stage, index))

@@ -15,12 +15,15 @@ from teams_hpc.storage.run_dir import RunDir
 
 
 def _git_commit() -> str | None:
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():  # installed; a repository further up is somebody else's
+        return None
     try:
         found = subprocess.run(
             (  # noqa: S607 (whichever git is on PATH)
                 "git",
                 "-C",
-                str(Path(__file__).parent),
+                str(checkout),
                 "rev-parse",
                 "HEAD",
             ),

@@ -19,9 +19,21 @@ _NUM_CHAINS = 3
 def write_report(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
     """Render the report of a run whose other stages are done, and its manifest."""
     progress = Progress(run_dir.progress("report"), unit="page")
+    path = _write_with_manifest(run_dir, config)
+    progress.update(1, 1, str(path))
+
+
+def rewrite_report(run_dir: RunDir, config: Config) -> Path:
+    """Write the page again; where the stage is done, its manifest goes along with the new page."""
+    if read_manifest(run_dir, "report") is None:
+        return render_report(run_dir, config)
+    return _write_with_manifest(run_dir, config)
+
+
+def _write_with_manifest(run_dir: RunDir, config: Config) -> Path:
     path = render_report(run_dir, config)
     write_manifest(run_dir, "report", {"files": {path.name: file_digest(path)}})
-    progress.update(1, 1, str(path))
+    return path
 
 
 def render_report(run_dir: RunDir, config: Config) -> Path:

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -82,17 +83,17 @@ class LiveDisplay:
                 completed=progress.done,
                 total=progress.total,
                 unit=progress.unit,
-                note=progress.message,
+                note=escape(progress.message),
             )
         elif (line := _plain_line(self._stage, progress)) != self._last:
             self._last = line
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, markup=False)
 
     def stage_finished(self, stage: Stage, seconds: float, num_restarts: int) -> None:
         self.close()
         progress = stage_progress(self.run_dir, stage.name)
         what = f"{progress.done:g} {progress.unit}" if progress else stage.does
-        note = f"  {progress.message}" if progress and progress.message else ""
+        note = f"  {escape(progress.message)}" if progress and progress.message else ""
         restarts = f"  ({num_restarts} restarts)" if num_restarts else ""
         self.console.print(
             f"[green]✓[/] {stage.name:<9} {what} in {format_seconds(seconds)}{note}{restarts}",

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from teams_hpc.config import Config
@@ -164,11 +165,12 @@ _COLOURS: dict[State, str] = {
 
 def status_table(status: RunStatus) -> Table:
     """The status for people."""
-    table = Table(title=f"{status.name}  {status.run_dir}", title_justify="left", box=None)
+    table = Table(title=escape(f"{status.name}  {status.run_dir}"), title_justify="left", box=None)
     for heading in ("stage", "state", "progress", "rate", "left", "restarts", ""):
         table.add_column(heading, overflow="fold")
     for line in status.stages:
         progress = line.progress
+        message = progress.message if progress else ""
         show_rate = progress is not None and line.state == "running"
         table.add_row(
             line.stage,
@@ -177,7 +179,7 @@ def status_table(status: RunStatus) -> Table:
             f"{progress.rate_per_s:.3g}/s" if progress and show_rate else "",
             format_seconds(progress.eta_s) if progress and show_rate and progress.eta_s else "",
             str(line.restarts or ""),
-            line.error.splitlines()[0] if line.error else (progress.message if progress else ""),
+            escape(line.error.splitlines()[0] if line.error else message),
         )
     budget = "no limit" if status.budget is None else f"limit {status.budget:,}"
     doubt = f" + {status.expert_calls_in_doubt} in doubt" if status.expert_calls_in_doubt else ""

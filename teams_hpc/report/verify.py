@@ -103,5 +103,5 @@ def _check(
 ) -> None:
     try:
         verification.add(what, list(_shard_faults(run_dir, manifest)))
-    except TeamsError as error:
+    except (TeamsError, OSError) as error:
         verification.faults.append(str(error))

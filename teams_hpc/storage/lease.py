@@ -177,7 +177,10 @@ class Lease:
 
     def _heartbeat(self) -> None:
         while not self._stop.wait(self.lease_s / 4):
-            if self._holder is None or not self.is_held():
-                return
-            self._beat += 1
-            write_json(self.path, self._content(self._holder))
+            try:
+                if self._holder is None or not self.is_held():
+                    return
+                self._beat += 1
+                write_json(self.path, self._content(self._holder))
+            except OSError:  # a full disk, a server away for a while: the next beat may pass
+                continue

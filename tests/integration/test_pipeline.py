@@ -133,6 +133,52 @@ def test_a_changed_config_is_refused_and_made_again_on_request(copied: Path) -> 
     assert data_digest(root) == rows
 
 
+def test_a_change_before_the_stage_to_rerun_is_refused_with_nothing_moved(copied: Path) -> None:
+    root = copied.parent / "runs" / "tiny"
+    code, output = run(copied, "seed=9", "--rerun-from", "sft")
+    assert code == 2
+    assert "seed: was 543, is 9" in output
+    assert (root / "sft" / "manifest.json").is_file()
+    assert not (root / "superseded").exists()
+
+
+@pytest.mark.slow
+def test_raised_max_steps_goes_on_and_measures_again(finished: Path, tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    root = tmp_path / "runs" / "tiny"
+    for name in ("policy", "select", "generate", "dataset"):
+        shutil.copytree(finished / "runs" / "tiny" / name, root / name)
+    code, output = run(config, "sft.max_steps=2")
+    assert code == 0, output
+    code, output = run(config, "sft.max_steps=4")
+    assert code == 0, output
+    assert "after 4 steps" in output
+    assert (root / "superseded" / "001" / "evaluate" / "manifest.json").is_file()
+    code, output = command("verify", str(root))
+    assert code == 0, output
+
+
+def test_a_report_written_again_verifies(copied: Path) -> None:
+    root = copied.parent / "runs" / "tiny"
+    assert command("report", str(root))[0] == 0
+    code, output = command("verify", str(root))
+    assert code == 0, output
+    (root / "generate" / "plan.json").unlink()
+    code, output = command("verify", str(root))
+    assert code == 1
+    assert "Traceback" not in output
+    assert "plan.json" in output
+
+
+def test_a_claim_from_before_a_restart_is_outlasted(copied: Path) -> None:
+    lease = copied.parent / "runs" / "tiny" / "leases" / "run"
+    holder = {"host": "gone", "boot_id": "", "pid": 1, "process_start": "5", "token": "x"}
+    lease.write_text(json.dumps({"holder": holder, "beat": 3}))
+    code, output = run(copied, "site.lease_s=1", timeout_s=60)
+    assert code == 0, output
+
+
 def test_a_flipped_bit_is_found(copied: Path) -> None:
     root = copied.parent / "runs" / "tiny"
     shard = sorted((root / "generate" / "shards").glob("*.h5"))[0]

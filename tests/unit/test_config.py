@@ -205,3 +205,27 @@ def test_files_count_by_content_not_by_path(tmp_path: Path) -> None:
         for path in (first, second, third)
     ]
     assert inputs[0] == inputs[1] != inputs[2]
+
+
+@pytest.mark.parametrize("text", ["08", "010", "1e5", "12", "1.5e3", "24:00:00"])
+def test_text_that_looks_like_a_number_stays_text(tmp_path: Path, text: str) -> None:
+    expert = f"{{kind: http, base_url: 'http://h/v1', model: '{text}'}}"
+    path = write(tmp_path / "a.yaml", f"name: a\nexpert: {expert}\n")
+    config = load_config(path)
+    assert load_resolved(write(tmp_path / "config.yaml", dump_yaml(config))) == config
+
+
+def test_a_leading_zero_is_decimal_and_infinity_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "name: a\nseeds: {limit: 010}\n")
+    assert load_config(path).seeds.limit == 10
+    with pytest.raises(ConfigError, match=r"sft\.learning_rate: .*finite"):
+        load_config(path, ["sft.learning_rate=inf"])
+
+
+def test_every_file_of_a_folder_of_tasks_counts(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "name: a\nevaluate: {lm_eval_path: tasks}\n")
+    task = write(tmp_path / "tasks" / "deep" / "one.yaml", "task: one\n")
+    before = stage_inputs(load_config(path), "evaluate")
+    task.write_text("task: two\n")
+    after = stage_inputs(load_config(path), "evaluate")
+    assert changed_keys(before, after) == ["evaluate.lm_eval_path"]

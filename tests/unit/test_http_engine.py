@@ -8,13 +8,14 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
+import httpx
 import pytest
 from chat_server import ChatServer, chat_server
 
 from teams_hpc.config import HttpEngineConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Message, Request, Task, complete_all
-from teams_hpc.llm.http_engine import HttpEngine, _pause_s, _seconds
+from teams_hpc.llm.http_engine import HttpEngine, _parse, _pause_s, _seconds
 
 TASK = Task(kind="answer", instruction="")
 KEY = "sk-very-secret-4711"
@@ -219,3 +220,13 @@ def test_closing_with_calls_in_flight_ends_the_thread() -> None:
         engine.close()
         assert not engine._thread.is_alive()
         engine.close()
+
+
+def test_a_whole_reply_without_content_is_empty_and_not_asked_again() -> None:
+    value = {
+        "choices": [{"message": {"content": None}, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 7},
+    }
+    completion = _parse(requests(1)[0], httpx.Response(200, json=value))
+    assert (completion.text, completion.finish_reason) == ("", "length")
+    assert completion.completion_tokens == 7

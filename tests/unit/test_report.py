@@ -1,11 +1,19 @@
 """Pieces of the report: escaping, self-containment, plots, and the status line."""
 
+import io
 import re
 
 import pytest
+from rich.console import Console
 
 from teams_hpc.report import page, plots, sections
-from teams_hpc.report.status import StageProgress, format_seconds
+from teams_hpc.report.status import (
+    RunStatus,
+    StageProgress,
+    StageStatus,
+    format_seconds,
+    status_table,
+)
 from teams_hpc.report.verify import generation_balance
 
 
@@ -66,3 +74,23 @@ def test_times_and_eta_are_readable() -> None:
     values = {"total": 10.0, "unit": "rows", "message": ""}
     assert StageProgress(done=5.0, rate_per_s=2.5, **values).eta_s == 2.0
     assert StageProgress(done=5.0, rate_per_s=0.0, **values).eta_s is None
+
+
+def test_status_shows_brackets_as_they_are() -> None:
+    failed = StageStatus(
+        stage="generate", state="failed", progress=None, restarts=0, error="prompt has [/INST]"
+    )
+    status = RunStatus(
+        name="a",
+        run_dir="/b",
+        is_running=False,
+        stages=(failed,),
+        rows={},
+        expert_calls=0,
+        expert_calls_in_doubt=0,
+        budget=None,
+        usage={},
+    )
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(status_table(status))
+    assert "prompt has [/INST]" in console.export_text()
