@@ -4,6 +4,7 @@
     ├── UsageError            wrong command, option or path                              exit 2
     │   ├── ConfigError       the configuration is wrong, all faults in one message      exit 2
     │   ├── SeedError         the seed file is wrong                                     exit 2
+    │   ├── ClusterError      Slurm isn't there, or refused                              exit 2
     │   ├── RunInUseError     another live process holds the run                         exit 2
     │   └── InputChangedError the run was made with other inputs (names them)            exit 2
     ├── WorkError             the work itself failed                                     exit 1
@@ -34,6 +35,10 @@ class ConfigError(UsageError):
 
 class SeedError(UsageError):
     """The seed file can't be used; the message names file and line."""
+
+
+class ClusterError(UsageError):
+    """Slurm can't be reached or refused what it was asked for; the message has its words."""
 
 
 class RunInUseError(UsageError):

@@ -19,7 +19,14 @@ from teams_hpc.config.schema import Config, EngineBase, EngineConfig, ReviewerCo
 from teams_hpc.errors import ConfigError
 
 _ROLES = ("instructor", "reviewer", "expert")
-_PATH_KEYS = ("run_dir", "seeds.path", "sft.model", "evaluate.lm_eval_path")
+_PATH_KEYS = (
+    "run_dir",
+    "seeds.path",
+    "sft.model",
+    "evaluate.lm_eval_path",
+    "site.slurm.scratch",
+    "site.container.image",
+)
 _MOST_FAULTS = 10
 _DEFAULT_KIND = "template"
 _SHARED_ENGINE_KEYS = frozenset(EngineBase.model_fields)

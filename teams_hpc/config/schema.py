@@ -300,17 +300,108 @@ class BudgetConfig(Section):
     max_expert_calls: CountOrZero | None = Field(None, description="null: no limit")
 
 
+SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:+-]+$")]
+"""What Slurm calls things: it goes into `#SBATCH` lines as it is."""
+
+
+class JobShape(Section):
+    """What the jobs of one stage ask for; null: what the site says, or what the stage needs."""
+
+    time_min: Count | None = None
+    nodes: Count | None = Field(None, description="null: as many as the processes need")
+    cpus_per_task: Count | None = None
+    mem_gb: Positive | None = Field(None, description="of each node")
+    gpus_per_node: CountOrZero | None = Field(None, description="null: one a process that uses one")
+    partition: SlurmName | None = None
+    qos: SlurmName | None = None
+
+
+class StageShapes(Section):
+    """Stages that ask for something else than the rest."""
+
+    policy: JobShape = JobShape()
+    select: JobShape = JobShape()
+    generate: JobShape = JobShape()
+    dataset: JobShape = JobShape()
+    sft: JobShape = JobShape()
+    evaluate: JobShape = JobShape()
+    report: JobShape = JobShape()
+
+
+class SlurmConfig(Section):
+    """What `teams-hpc submit` asks Slurm for. `doctor` checks it against the cluster."""
+
+    partition: SlurmName | None = Field(None, description="null: the cluster's default")
+    account: SlurmName | None = None
+    qos: SlurmName | None = None
+    time_min: Count = Field(720, description="limit of each job; longer work is requeued")
+    warning_s: Annotated[int, Field(ge=5)] = Field(
+        300, description="a job stops at a safe point so long before its limit"
+    )
+    cpus_per_task: Count = 1
+    mem_gb: Positive | None = Field(None, description="of each node; null: the cluster's default")
+    max_parallel_tasks: Count = Field(64, description="array tasks of a stage at a time (the %)")
+    mpi: SlurmName | None = Field(
+        None, description="srun --mpi=... (pmix, pmi2); null: the cluster's default"
+    )
+    modules: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+/-]+$")], ...] = Field(
+        (), description="environment modules that each job loads"
+    )
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
+        {}, description="variables set in each job; nothing secret"
+    )
+    options: dict[
+        Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")],
+        Annotated[str, Field(pattern=r"^[^\n]*$")] | int | bool,
+    ] = Field({}, description="further sbatch options, for instance {constraint: a100}")
+    scratch: Path | None = Field(
+        None, description="node-local folder for caches and temporary files; null: /tmp"
+    )
+    stage_weights: bool = Field(False, description="copy model folders to scratch before loading")
+    stages: StageShapes = StageShapes()
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> "SlurmConfig":
+        shapes = {name: getattr(self.stages, name) for name in StageShapes.model_fields}
+        for name, shape in shapes.items():
+            limit_s = 60 * (shape.time_min or self.time_min)
+            if limit_s <= self.warning_s:
+                raise ValueError(
+                    f"warning_s {self.warning_s} leaves nothing of the {limit_s} s that a job of "
+                    f"{name} may take; lower it, or raise time_min"
+                )
+        if self.stage_weights and self.scratch is None:
+            raise ValueError("stage_weights needs scratch, a folder on each node's own disk")
+        return self
+
+
+class ContainerConfig(Section):
+    """The container that each task runs in; the batch script itself runs on the node."""
+
+    image: Path = Field(description="a SIF file or sandbox folder that every node sees")
+    runtime: Literal["apptainer", "singularity"] = "apptainer"
+    binds: tuple[Annotated[str, Field(pattern=r"^[^,\n]+$")], ...] = Field(
+        (), description="further folders, as SOURCE or SOURCE:DESTINATION"
+    )
+    nv: bool = Field(True, description="the host's NVIDIA driver inside (ignored without GPUs)")
+
+
 class SiteConfig(Section):
     """Where and how it runs: outside every digest."""
 
     executor: Literal["local", "slurm"] = Field(
-        "local", description="slurm: refuse to work outside an allocation"
+        "local", description="slurm: `submit` it; `run` only inside an allocation"
     )
-    num_workers: Count = Field(1, description="local processes that share array tasks and units")
-    num_sft_ranks: Count = Field(1, description="processes (GPUs) of the fine-tuning on one node")
+    num_workers: Count = Field(
+        1, description="generation: local processes, or array tasks; also members trained at once"
+    )
+    ranks_per_worker: Count = Field(1, description="processes of one array task of generation")
+    num_sft_ranks: Count = Field(1, description="processes (GPUs) of the fine-tuning, all nodes")
     lease_s: Positive = Field(60.0, description="a silent holder's claim ends after so long")
     max_restarts_without_progress: CountOrZero = 2
-    gpus_per_node: CountOrZero = Field(0, description="GPUs bound to workers in turn; 0: none")
+    gpus_per_node: CountOrZero = Field(0, description="GPUs of a node that work here; 0: none")
+    slurm: SlurmConfig = SlurmConfig()
+    container: ContainerConfig | None = None
 
 
 class Config(Section):

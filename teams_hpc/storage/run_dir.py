@@ -41,6 +41,20 @@ class RunDir:
         return self.root / "metrics"
 
     @property
+    def slurm(self) -> Path:
+        """What Slurm and the batch scripts need: scripts, job records, stop markers, output."""
+        return self.root / "slurm"
+
+    @property
+    def job_records(self) -> Path:
+        return self.slurm / "jobs"
+
+    @property
+    def stop_markers(self) -> Path:
+        """`<job id>-<restart count>`: that start of that job stopped on request, whole."""
+        return self.slurm / "stopped"
+
+    @property
     def policy(self) -> Path:
         return self.root / "policy"
 

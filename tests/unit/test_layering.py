@@ -13,7 +13,7 @@ LEVELS = (
     {"errors"},
     {"config"},
     {"runtime", "storage"},
-    {"llm"},
+    {"cluster", "llm"},
     {"rewriting"},
     {"policy", "generation", "dataset", "sft", "evaluation"},
     {"pipeline", "report"},
