@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -91,39 +92,76 @@ def run(
 
 
 @app.command()
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    rerun_from: Annotated[
+        str | None,
+        typer.Option(metavar="STAGE", help="Set this stage and later ones aside; make them again."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print batch scripts and DeepSpeed's JSON; submit nothing."),
+    ] = False,
+) -> None:
+    """Submit the whole pipeline to Slurm: arrays, jobs and their dependencies.
+
+    The same command again submits only what is missing: stages that are done and jobs that wait or
+    work are left alone. Afterwards: `status`, `logs`, `cancel`.
+    """
+    from teams_hpc.config import load_config
+    from teams_hpc.pipeline.submit import submission_scripts, submit_pipeline
+
+    loaded = load_config(config, overrides or ())
+    if dry_run:
+        for text in submission_scripts(loaded, run_stage_job):
+            print(text)
+        return
+    for line in submit_pipeline(loaded, run_stage_job, rerun_from=rerun_from):
+        print(line)
+
+
+@app.command(hidden=True)
+def resubmit(
+    run_dir: RunFolder,
+    job: Annotated[str, typer.Argument(metavar="JOB", help="123 or 123_4")],
+) -> None:
+    """Let another job go on with the work of one that may not be requeued (slurm/requeue.sh)."""
+    from teams_hpc.pipeline.submit import resubmit_job
+
+    print(resubmit_job(run_dir, job, run_stage_job))
+
+
+@app.command()
 def stage(
     name: Annotated[str, typer.Argument(metavar="STAGE", help="policy, select, generate, ...")],
     run_dir: RunFolder,
     index: Annotated[
-        int, typer.Option(min=0, help="Array task: which policy member, or which worker.")
+        int, typer.Option(min=0, help="Which policy member, or which array task of generation.")
     ] = 0,
 ) -> None:
-    """Run one task of one stage in this process; what `run` starts, or a job step of yours."""
-    from teams_hpc.pipeline.graph import find_stage, task_name
-    from teams_hpc.pipeline.local import open_run, run_stage_here
-    from teams_hpc.runtime.logs import setup_logging
-    from teams_hpc.runtime.preemption import StopFlag, die_with_parent
-    from teams_hpc.runtime.ranks import read_ranks
+    """Run one task of one stage in this process; what `run` and the jobs of `submit` start."""
+    from teams_hpc.pipeline.task import run_task
 
-    stop = StopFlag()
-    stop.install()
-    die_with_parent()
-    opened, config = open_run(run_dir)
-    setup_logging(read_ranks(), task_name(find_stage(config, name), index))
-    run_stage_here(opened, config, name, index, stop)
+    run_task(name, run_dir, index)
 
 
 @app.command()
 def status(
     run_dir: RunFolder,
-    watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Again every two seconds, until nothing is active.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Show where a run stands: stages, progress, what is left, calls and budget."""
+    """Show where a run stands: stages, jobs, progress, what is left, errors, calls and budget."""
+    from contextlib import suppress
+
     from rich.console import Console
     from rich.live import Live
 
-    from teams_hpc.pipeline.local import open_run
+    from teams_hpc.pipeline.start import open_run
+    from teams_hpc.report.jobs import JobPoll
     from teams_hpc.report.status import read_status, status_json, status_table
 
     opened, config = open_run(run_dir)
@@ -134,19 +172,56 @@ def status(
     if not watch:
         console.print(status_table(read_status(opened, config)))
         return
-    with Live(console=console, auto_refresh=False) as live:
+    poll = JobPoll(opened)
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            found = read_status(opened, config)
+            found = read_status(opened, config, poll.read())
             live.update(status_table(found), refresh=True)
-            if not found.is_running:
+            if not found.is_active:
                 return
             time.sleep(2)
 
 
 @app.command()
+def logs(
+    run_dir: RunFolder,
+    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]")] = None,
+    lines: Annotated[int, typer.Option(min=0, help="How many of each log's last lines.")] = 20,
+) -> None:
+    """Show the ends of logs: failed tasks first, then running ones; of the rest the paths."""
+    from teams_hpc.pipeline.start import open_run
+    from teams_hpc.report.jobs import read_jobs
+    from teams_hpc.report.logs import find_logs, logs_text
+
+    opened, config = open_run(run_dir)
+    jobs = read_jobs(opened)
+    if jobs.trouble:
+        print(f"Slurm can't be asked: {jobs.trouble}", file=sys.stderr)
+    found = find_logs(opened, config, jobs, stage)
+    for line in logs_text(found, lines):
+        print(line)
+    if not found:
+        print("no logs yet")
+
+
+@app.command()
+def cancel(run_dir: RunFolder) -> None:
+    """Cancel the Slurm jobs of a run, and nothing else; `submit` continues it."""
+    from teams_hpc.cluster.cancel import cancel_run
+    from teams_hpc.pipeline.start import open_run
+
+    opened, _ = open_run(run_dir)
+    cancelled = cancel_run(opened)
+    for job_id in cancelled:
+        print(f"cancelled {job_id}")
+    if not cancelled:
+        print("nothing to cancel: no job of this run waits or runs")
+
+
+@app.command()
 def report(run_dir: RunFolder) -> None:
     """Write report/report.html again, from what there is now; one self-contained file."""
-    from teams_hpc.pipeline.local import open_run
+    from teams_hpc.pipeline.start import open_run
     from teams_hpc.report.html import rewrite_report
 
     opened, config = open_run(run_dir)
@@ -156,7 +231,7 @@ def report(run_dir: RunFolder) -> None:
 @app.command()
 def verify(run_dir: RunFolder) -> None:
     """Check checksums, balance and plan coverage; exit 1 and a list if anything is off."""
-    from teams_hpc.pipeline.local import open_run
+    from teams_hpc.pipeline.start import open_run
     from teams_hpc.report.verify import verify_run
 
     opened, config = open_run(run_dir)
@@ -182,7 +257,7 @@ def export(
 ) -> None:
     """Write the data set in a format others read, in plan order."""
     from teams_hpc.dataset.export import export_rows
-    from teams_hpc.pipeline.local import open_run
+    from teams_hpc.pipeline.start import open_run
 
     opened, _ = open_run(run_dir)
     path, count = export_rows(opened, format_name, output, rows)
@@ -238,12 +313,27 @@ def config_schema() -> None:
     print(json.dumps(Config.model_json_schema(), indent=1))
 
 
-def main() -> None:
-    """Entry point: run a command, turn errors into one message and an exit code."""
+def run_stage_job(name: str, run_dir: str, index: str) -> None:
+    """What each process of a submitted job runs: `teams-hpc stage`, word for word. Never returns.
+
+    submitit has bound signals by now; from here on they are ours.
+    """
+    from teams_hpc.runtime.preemption import hold_stop_signals
+
+    hold_stop_signals()
+    main(("stage", name, run_dir, "--index", index))
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Entry point: run a command, turn errors into one message and an exit code.
+
+    Args:
+        words: What was typed after the command's name; None: as this process got it.
+    """
     code = 0
     try:
         # Asked not to exit, click returns the code of a `typer.Exit` instead of raising it.
-        code = app(standalone_mode=False) or 0
+        code = app(words, standalone_mode=False) or 0
     except typer.Exit as exit_request:
         code = exit_request.exit_code
     except TeamsError as error:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from teams_hpc.config.schema import (
@@ -65,16 +65,17 @@ def _file_faults(config: Config) -> Iterator[str]:
             yield fault
     if config.evaluate.lm_eval_path is not None and not config.evaluate.lm_eval_path.is_dir():
         yield f"evaluate.lm_eval_path: no folder {config.evaluate.lm_eval_path}"
-    if config.evaluate.lm_eval_tasks and not importlib.util.find_spec("lm_eval"):
-        yield "evaluate.lm_eval_tasks: needs the package lm-eval; install the extra 'eval'"
+
+
+def _executor_faults(config: Config) -> Iterator[str]:
+    if config.site.executor == "slurm" and "SLURM_JOB_ID" not in os.environ:
+        yield (
+            "site.executor: is slurm, but this is not inside an allocation; use "
+            "`teams-hpc submit`, start it with sbatch or salloc, or set site.executor=local"
+        )
 
 
 def _place_faults(config: Config) -> Iterator[str]:
-    if config.site.executor == "slurm" and "SLURM_JOB_ID" not in os.environ:
-        yield (
-            "site.executor: is slurm, but this is not inside an allocation; start it with sbatch "
-            "or salloc, or set site.executor=local"
-        )
     existing = config.resolved_run_dir
     while not existing.exists():
         existing = existing.parent
@@ -84,11 +85,37 @@ def _place_faults(config: Config) -> Iterator[str]:
         yield f"run_dir: {existing} can't be written to; set run_dir=PATH to a folder of yours"
 
 
-def input_faults(config: Config) -> list[str]:
-    """Everything `config` names that isn't there, one line each; empty if all is well."""
-    faults = [*_file_faults(config), *_engine_faults(config), *_place_faults(config)]
+def _package_faults(config: Config) -> Iterator[str]:
     flash = _flash_attention_fault(config.sft)
-    return [*faults, flash] if flash else faults
+    if flash:
+        yield flash
+    if config.evaluate.lm_eval_tasks and not importlib.util.find_spec("lm_eval"):
+        yield "evaluate.lm_eval_tasks: needs the package lm-eval; install the extra 'eval'"
+
+
+def input_faults(config: Config, *, elsewhere: bool = False) -> list[str]:
+    """Everything `config` names that isn't there, one line each; empty if all is well.
+
+    Args:
+        config: What is to be run.
+        elsewhere: It runs in jobs of its own, and its packages may be in a container.
+    """
+    faults = [*_file_faults(config), *_engine_faults(config), *_place_faults(config)]
+    if not elsewhere:
+        faults += _executor_faults(config)
+    if not (elsewhere and config.site.container):
+        faults += _package_faults(config)
+    return faults
+
+
+def refuse_faults(faults: Sequence[str]) -> None:
+    """Refuse to start if there are any faults.
+
+    Raises:
+        ConfigError: With the first ten at once.
+    """
+    if faults:
+        raise ConfigError("\n".join(["can't start:", *(f"  {fault}" for fault in faults[:10])]))
 
 
 def check_inputs(config: Config) -> None:
@@ -97,6 +124,4 @@ def check_inputs(config: Config) -> None:
     Raises:
         ConfigError: With all faults at once.
     """
-    faults = input_faults(config)
-    if faults:
-        raise ConfigError("\n".join(["can't start:", *(f"  {fault}" for fault in faults[:10])]))
+    refuse_faults(input_faults(config))

@@ -149,3 +149,10 @@ def set_aside(run_dir: RunDir, config: Config, first: str) -> Path | None:
         for path in run_dir.metrics.glob(f"{name}*"):
             path.unlink()
     return folder
+
+
+def set_aside_outdated(run_dir: RunDir, config: Config, stage: Stage) -> None:
+    """Move away what was made from `stage`, which was done before and is now to go further."""
+    if read_manifest(run_dir, stage.name) is not None:
+        later = stage_graph(config)
+        set_aside(run_dir, config, later[later.index(stage) + 1].name)

@@ -1,12 +1,14 @@
 """Being asked to stop, and not outliving the parent.
 
-A signal only sets a flag; the work looks at it at safe points, checkpoints, and raises
-`StopRequested`.
+A signal only sets a flag, and so does a time limit that comes near; the work looks at the flag at
+safe points, checkpoints, and raises `StopRequested`.
 """
 
 import ctypes
 import os
 import signal
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
 
@@ -14,25 +16,46 @@ from teams_hpc.errors import StopRequested
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 PARENT_VARIABLE = "TEAMS_HPC_PARENT_PID"
+DEADLINE_VARIABLE = "TEAMS_HPC_DEADLINE"
+WARNING_VARIABLE = "TEAMS_HPC_WARNING_S"
 _PR_SET_PDEATHSIG = 1
+
+
+def hold_stop_signals() -> None:
+    """Keep stop signals waiting until `StopFlag.install`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def read_stop_time(environment: Mapping[str, str] = os.environ) -> float | None:
+    """When to stop (Unix time), from the deadline that a batch script read; None without one."""
+    deadline = environment.get(DEADLINE_VARIABLE)
+    return float(deadline) - float(environment.get(WARNING_VARIABLE, 0)) if deadline else None
 
 
 @dataclass(slots=True)
 class StopFlag:
-    """Whether somebody asked this process to stop."""
+    """Whether somebody asked this process to stop, or its time is nearly over.
+
+    Args:
+        stop_time: Unix time from which on the flag is set; None: never by itself.
+    """
 
     reason: str | None = None
+    stop_time: float | None = None
 
     def install(self) -> None:
-        """Let the stop signals set this flag (main thread only)."""
+        """Let the stop signals set this flag, those too that were kept waiting (main thread)."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
 
     @property
     def is_set(self) -> bool:
+        if self.reason is None and self.stop_time is not None and time.time() >= self.stop_time:
+            self.reason = "the time limit"
         return self.reason is not None
 
     def raise_if_set(self, progress: str) -> None:
@@ -41,7 +64,7 @@ class StopFlag:
         Raises:
             StopRequested: The flag is set.
         """
-        if self.reason is not None:
+        if self.is_set:
             raise StopRequested(f"stopped on {self.reason} after {progress}; run again to go on")
 
 

@@ -14,11 +14,12 @@ _LAUNCHERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """Place of this process among those started together."""
+    """Place of this process among those started together, and among those of them on its node."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -30,9 +31,16 @@ class Ranks:
 
 
 def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Ranks as torchrun or a Slurm step set them; a single process otherwise."""
+    """Ranks as torchrun or a Slurm step set them; a single process otherwise.
+
+    Nodes of a Slurm step are taken to have equally many processes, as our jobs ask for.
+    """
     for names in _LAUNCHERS:
         if all(name in environment for name in names):
             rank, world_size, local_rank = (int(environment[name]) for name in names)
-            return Ranks(rank=rank, world_size=world_size, local_rank=local_rank)
+            num_nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
+            local = int(environment.get("LOCAL_WORLD_SIZE", max(1, world_size // num_nodes)))
+            return Ranks(
+                rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local
+            )
     return Ranks()

@@ -105,15 +105,16 @@ def _prepare_environment(ranks: Ranks, device: Device) -> None:
         return
     os.environ["DS_ACCELERATOR"] = "cpu"
     # Else DeepSpeed counts CPU sockets by running numactl, which may be missing.
-    os.environ["LOCAL_SIZE"] = str(_local_world_size(ranks))
-    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
+    os.environ["LOCAL_SIZE"] = str(ranks.local_world_size)
+    if os.environ.get("MASTER_ADDR", "").startswith(("127.", "localhost")):
         # Else gloo looks up this host's name, which laptops and containers often can't resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _meet(ranks: Ranks, device: Device) -> None:
     if device == "cuda":
-        torch.cuda.set_device(ranks.local_rank)
+        # Slurm may show each process all GPUs of its node, or only its own.
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -141,10 +142,6 @@ def _quiet_deepspeed(device: Device) -> Any:
     return deepspeed
 
 
-def _local_world_size(ranks: Ranks) -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
-
-
 def default_threads(ranks: Ranks) -> int:
     """CPU threads for torch: this machine's cores shared by its processes, unless OpenMP was told.
 
@@ -153,7 +150,7 @@ def default_threads(ranks: Ranks) -> int:
     """
     if "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
-    return max(1, len(os.sched_getaffinity(0)) // _local_world_size(ranks))
+    return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
 
 
 @contextmanager

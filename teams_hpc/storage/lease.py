@@ -1,8 +1,9 @@
 """Exclusive claims that end when their holder does.
 
 A claim is a small file, taken by an exclusive `link`. It is stale if its holder ran on this host
-and is gone, or if its heartbeat has not moved for `lease_s` on the observer's own monotonic clock.
-Clocks of two machines are never compared. A claim saves work; correctness never hangs on it.
+and is gone, or was an earlier start of the same Slurm job, or if its heartbeat has not moved for
+`lease_s` on the observer's own monotonic clock. Clocks of two machines are never compared. A claim
+saves work; correctness never hangs on it.
 """
 
 import json
@@ -43,6 +44,8 @@ class Holder:
     pid: int
     process_start: str
     token: str
+    job: str = ""
+    job_start: str = ""
 
     @classmethod
     def me(cls) -> "Holder":
@@ -52,7 +55,14 @@ class Holder:
             pid=os.getpid(),
             process_start=_process_start(os.getpid()) or "",
             token=uuid.uuid4().hex,
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            job_start=os.environ.get("SLURM_RESTART_COUNT", "0"),
         )
+
+    def is_an_earlier_start_of(self, other: "Holder") -> bool:
+        """Whether it belongs to an earlier start of the other's Slurm job, which has ended."""
+        same = self.job != "" and self.job == other.job
+        return same and int(self.job_start) < int(other.job_start)
 
     def is_on_this_host(self) -> bool:
         return self.host == socket.gethostname() and self.boot_id == _boot_id()
@@ -152,6 +162,8 @@ class Lease:
         return {"holder": values, "beat": self._beat}
 
     def _is_stale(self, holder: Holder, beat: int) -> bool:
+        if holder.is_an_earlier_start_of(Holder.me()):
+            return True
         if holder.is_on_this_host():
             return not holder.is_alive_here()
         now = time.monotonic()

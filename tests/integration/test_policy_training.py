@@ -48,10 +48,8 @@ def fsync(descriptor):
         os.kill(os.getpid(), signal.SIGKILL)
     real(descriptor)
 os.fsync = fsync
-from teams_hpc.pipeline.local import open_run, run_stage_here
-from teams_hpc.runtime.preemption import StopFlag
-run_dir, config = open_run(Path(sys.argv[2]))
-run_stage_here(run_dir, config, sys.argv[1], 0, StopFlag())
+from teams_hpc.pipeline.task import run_task
+run_task(sys.argv[1], Path(sys.argv[2]), 0)
 """
 
 

@@ -1,0 +1,11 @@
+# What every batch script does before its step. `submit` copies it into its scripts, those in slurm/
+# read it; requeue.sh is its other half.
+trap : TERM USR1 USR2  # warnings are for the step: this shell has to outlive them
+# When Slurm will end this job, in Unix time: a stage that starts late reads it. Empty: never.
+TEAMS_HPC_DEADLINE=$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null) ||
+  TEAMS_HPC_DEADLINE=
+# Where the processes of a fine-tuning meet; jobs that share a node get different ports.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((15000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 15000))
+SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # since Slurm 22.05 srun doesn't take it from sbatch
+export TEAMS_HPC_DEADLINE MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK

@@ -1,0 +1,21 @@
+# The epilogue of every batch script, on the node and outside the container. `submit` copies it into
+# its scripts, those in slurm/ read it. It comes right after the step, whose exit code it takes.
+#
+# Launchers change exit codes, so they don't say that a stage stopped on request. Its marker does:
+# it carries this job and this start. With it the job goes back to the queue; without it the code
+# stands. A job that was cancelled is not brought back.
+code=$?
+name=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+name=${name:-$SLURM_JOB_ID}
+marker=$TEAMS_HPC_RUN_DIR/slurm/stopped/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+if [ -e "$marker" ] && [ ! -e "$TEAMS_HPC_RUN_DIR/slurm/cancelled" ] && [ "$state" = RUNNING ]; then
+  if scontrol requeue "$name"; then
+    echo "job $name stopped on request and goes back to the queue"
+    sleep 600  # Slurm ends this script; it must not seem to have finished
+  elif "$TEAMS_HPC_PYTHON" -m teams_hpc resubmit "$TEAMS_HPC_RUN_DIR" "$name"; then
+    echo "job $name may not be requeued; another one goes on with its work"
+    exit 0
+  fi
+fi
+exit "$code"

@@ -1,0 +1,13 @@
+#!/bin/sh
+# Start one process of a step, in the container if there is one:  task.sh COMMAND [ARGUMENT]...
+#
+# Python needs seconds before it can listen to a warning, and would die of one. So warnings are kept
+# waiting (blocked signals stay pending over exec) until the stage asks for them.
+if [ -n "${TEAMS_HPC_IMAGE:-}" ]; then
+  set -- "${TEAMS_HPC_RUNTIME:-apptainer}" exec "$TEAMS_HPC_IMAGE" "$@"
+fi
+if env --block-signal=USR1 true 2>/dev/null; then
+  exec env --block-signal=USR1,USR2,TERM "$@"
+fi
+trap '' USR1 USR2 TERM  # older coreutils: lost during the start, but not deadly
+exec "$@"

@@ -1,0 +1,214 @@
+"""From job specifications to Slurm, through submitit.
+
+What is submitted is one function taking strings. Its results are never read: a stage's outcome is
+its manifest.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from teams_hpc.cluster.container import CONTAINER_PYTHON, container_environment
+from teams_hpc.cluster.jobs import JobSpec
+from teams_hpc.cluster.records import JobRecord, write_record
+from teams_hpc.cluster.slurm import clean_environment
+from teams_hpc.config import Config
+from teams_hpc.errors import ClusterError
+from teams_hpc.storage.run_dir import RunDir
+
+SHELL = Path(__file__).parent / "shell"
+WARNING_SIGNAL = "USR2"
+"""NCCL may take USR1 for itself."""
+
+Entry = Callable[[str, str, str], object]
+
+
+class _Executor(SlurmExecutor):
+    """submitit's executor, which also shows scripts where there is no Slurm."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def job_environment(config: Config, run_dir: RunDir, spec: JobSpec) -> dict[str, str]:
+    """What a job's scripts and processes find in their environment."""
+    slurm = config.site.slurm
+    values = {
+        "TEAMS_HPC_RUN_DIR": str(run_dir.root),
+        "TEAMS_HPC_PYTHON": sys.executable,
+        "TEAMS_HPC_WARNING_S": str(slurm.warning_s),
+        "OMP_NUM_THREADS": str(spec.cpus_per_task),
+        **container_environment(config, run_dir.root),
+        **slurm.environment,
+    }
+    return values
+
+
+def sbatch_options(config: Config, spec: JobSpec) -> dict[str, Any]:
+    """Options of `sbatch` for a specification, by their long names; True is a bare option."""
+    slurm = config.site.slurm
+    options: dict[str, Any] = {
+        "job-name": f"{config.name}-{spec.stage}",
+        "time": spec.time_min,
+        "nodes": spec.nodes,
+        "ntasks-per-node": spec.tasks_per_node,
+        "cpus-per-task": spec.cpus_per_task,
+        "signal": f"{WARNING_SIGNAL}@{slurm.warning_s}",
+        "requeue": True,
+        "open-mode": "append",
+        "kill-on-invalid-dep": "yes",
+        "partition": spec.partition,
+        "account": slurm.account,
+        "qos": spec.qos,
+        "mem": f"{round(spec.mem_gb * 1024)}M" if spec.mem_gb else None,
+        "gpus-per-node": spec.gpus_per_node or None,
+        **slurm.options,
+    }
+    return {name: value for name, value in options.items() if value not in (None, False)}
+
+
+def srun_options(config: Config, spec: JobSpec) -> list[str]:
+    """Options of `srun` for the processes of a job."""
+    options = [
+        # A site may have set either the other way, which would cut down ranks that still save.
+        f"--kill-on-bad-exit={int(spec.ranks_hang_together)}",
+        "--wait=0",
+    ]
+    if spec.gpus_per_node:
+        options.append("--gpu-bind=none")  # every rank sees all GPUs of its node and takes its own
+    if config.site.slurm.mpi:
+        options.append(f"--mpi={config.site.slurm.mpi}")
+    return options
+
+
+def module_lines(config: Config) -> list[str]:
+    """Shell lines that load the site's modules."""
+    return [f"module load {shlex.quote(name)}" for name in config.site.slurm.modules]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitter:
+    """Submits the jobs of one run.
+
+    Args:
+        config: The run's configuration.
+        run_dir: The run; scripts and output go to its folder `slurm`.
+        entry: What a job calls with (stage, run directory, index); importable by its name.
+    """
+
+    config: Config
+    run_dir: RunDir
+    entry: Entry
+
+    def submit(
+        self,
+        spec: JobSpec,
+        dependencies: Sequence[str],
+        max_parallel_tasks: int,
+        replaces: str | None = None,
+    ) -> JobRecord:
+        """Submit one job, or one array of jobs, and keep its record.
+
+        Args:
+            spec: At most as many indices as the cluster's MaxArraySize.
+            dependencies: Jobs that must end well first.
+            max_parallel_tasks: Array tasks at a time.
+            replaces: The job whose work this one takes over.
+
+        Raises:
+            ClusterError: Slurm refused; has its words.
+        """
+        self.run_dir.slurm.mkdir(parents=True, exist_ok=True, mode=0o700)
+        shutil.copy(SHELL / "task.sh", self.run_dir.slurm / "task.sh")
+        executor = self._executor(spec, dependencies, max_parallel_tasks)
+        stages, roots = [spec.stage] * len(spec.indices), [str(self.run_dir.root)]
+        indices = [str(index) for index in spec.indices]
+        # Relative to here go the outputs: a path in an #SBATCH line can't hold every character.
+        with chdir(self.run_dir.slurm), _environment(clean_environment()):
+            try:
+                jobs = executor.map_array(self.entry, stages, roots * len(indices), indices)
+            except (FailedJobError, FailedSubmissionError) as error:
+                raise ClusterError(f"sbatch refused {spec.stage}: {_last_line(error)}") from None
+        job_id = str(jobs[0].job_id).partition("_")[0]
+        record = JobRecord(
+            job_id=job_id,
+            stage=spec.stage,
+            indices=spec.indices,
+            is_array=len(spec.indices) > 1,
+            submitted=time.time(),
+            replaces=replaces,
+        )
+        write_record(self.run_dir, record)
+        return record
+
+    def script(self, spec: JobSpec, dependencies: Sequence[str]) -> str:
+        """The batch script that `submit` would hand to sbatch."""
+        executor = self._executor(spec, dependencies, self.config.site.slurm.max_parallel_tasks)
+        if len(spec.indices) > 1:
+            executor.parameters["map_count"] = len(spec.indices)
+        text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
+        return text
+
+    def _executor(
+        self, spec: JobSpec, dependencies: Sequence[str], max_parallel_tasks: int
+    ) -> SlurmExecutor:
+        python = CONTAINER_PYTHON if self.config.site.container else sys.executable
+        task = self.run_dir.slurm / "task.sh"
+        executor = _Executor(
+            folder=self.run_dir.slurm, python=f"sh {shlex.quote(str(task))} {shlex.quote(python)}"
+        )
+        options = sbatch_options(self.config, spec)
+        options["output"] = "%A_%a.out" if len(spec.indices) > 1 else "%j.out"
+        if dependencies:
+            options["dependency"] = f"afterok:{':'.join(dependencies)}"
+        environment = job_environment(self.config, self.run_dir, spec)
+        executor.update_parameters(
+            array_parallelism=max_parallel_tasks,
+            wckey=None,
+            stderr_to_stdout=True,
+            ntasks_per_node=spec.tasks_per_node,
+            nodes=spec.nodes,
+            setup=[
+                *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
+                *module_lines(self.config),
+                (SHELL / "prologue.sh").read_text(encoding="utf-8"),
+            ],
+            srun_args=srun_options(self.config, spec),
+            teardown=[(SHELL / "requeue.sh").read_text(encoding="utf-8")],
+            # submitit writes its own names with underscores, and would have the last word.
+            additional_parameters={
+                name if name == "open-mode" else name.replace("-", "_"): value
+                for name, value in options.items()
+            },
+        )
+        return executor
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("sbatch: error:")]
+    return (said or lines or ["no reason given"])[0].removeprefix("sbatch: error: ")
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Exactly these environment variables, for a while."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

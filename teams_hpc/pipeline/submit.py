@@ -1,0 +1,232 @@
+"""The stage graph as Slurm jobs: what is missing is submitted, what is there is adopted."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from teams_hpc.cluster.jobs import JobSpec, job_spec
+from teams_hpc.cluster.records import JobRecord, read_records
+from teams_hpc.cluster.slurm import JobState, call_slurm, queued_jobs, scheduler_settings
+from teams_hpc.cluster.submit import Entry, Submitter
+from teams_hpc.config import Config
+from teams_hpc.config.check import input_faults, refuse_faults
+from teams_hpc.errors import UsageError
+from teams_hpc.pipeline.forecast import needed_warning_s
+from teams_hpc.pipeline.graph import Stage, find_stage, stage_graph
+from teams_hpc.pipeline.inputs import is_done, set_aside_outdated
+from teams_hpc.pipeline.start import open_run, prepared_run
+from teams_hpc.runtime.preemption import StopFlag
+from teams_hpc.sft.deepspeed_config import deepspeed_config, plan_batch
+from teams_hpc.storage.run_dir import RunDir
+
+
+def all_indices(config: Config, stage: Stage) -> tuple[int, ...]:
+    """Index of every task that a stage has on a cluster."""
+    counts = {"members": config.policy.num_members, "workers": config.site.num_workers}
+    return tuple(range(counts.get(stage.form, 1)))
+
+
+def job_specs(config: Config) -> list[JobSpec]:
+    """One specification for each stage of the graph, as if nothing were done."""
+    return [
+        job_spec(config, stage.name, all_indices(config, stage)) for stage in stage_graph(config)
+    ]
+
+
+def submission_faults(config: Config, run_dir: RunDir) -> list[str]:
+    """What is wrong with the configuration for a submission, Slurm itself left aside."""
+    faults = input_faults(config, elsewhere=True)
+    plan_batch(config.sft, config.site.num_sft_ranks)
+    if config.site.executor != "slurm":
+        faults.append(
+            "site.executor: is local; for Slurm name a site (extends: sites/slurm-a100.yaml) or "
+            "set site.executor=slurm"
+        )
+    seconds, why = needed_warning_s(config, run_dir)
+    if config.site.slurm.warning_s < seconds:
+        faults.append(
+            f"site.slurm.warning_s: {config.site.slurm.warning_s} s is too short: {why}; set it "
+            f"to at least {seconds:.0f}"
+        )
+    return faults
+
+
+def submission_scripts(config: Config, entry: Entry) -> Iterator[str]:
+    """Every batch script and DeepSpeed's JSON, for reading; needs no Slurm, submits nothing."""
+    submitter = Submitter(config=config, run_dir=RunDir(config.resolved_run_dir), entry=entry)
+    names = {stage.name: f"<job of {stage.name}>" for stage in stage_graph(config)}
+    for stage, spec in zip(stage_graph(config), job_specs(config), strict=True):
+        text = submitter.script(spec, [names[name] for name in stage.reads])
+        yield f"##### {stage.name}: {stage.does}\n{text}"
+    ds_config = deepspeed_config(
+        config, config.site.num_sft_ranks, "cuda" if config.site.gpus_per_node else "cpu"
+    )
+    title = f"##### DeepSpeed, {config.site.num_sft_ranks} processes"
+    yield f"{title}\n{json.dumps(ds_config, indent=1)}"
+
+
+def submit_pipeline(config: Config, entry: Entry, *, rerun_from: str | None = None) -> list[str]:
+    """Submit every job that is missing; jobs that wait or work are adopted.
+
+    Args:
+        config: The run.
+        entry: What jobs call with (stage, run directory, index).
+        rerun_from: Set this stage and later ones aside first.
+
+    Returns:
+        A line for each stage, for people.
+
+    Raises:
+        UsageError: Refused, with nothing submitted.
+        ClusterError: Slurm refused in between; what was submitted is recorded.
+    """
+    from teams_hpc.cluster.preflight import slurm_faults
+
+    specs = job_specs(config)
+    faults = submission_faults(config, RunDir(config.resolved_run_dir))
+    refuse_faults(faults or slurm_faults(config, specs))
+    with prepared_run(config, stop=StopFlag(), rerun_from=rerun_from) as run_dir:
+        (run_dir.slurm / "cancelled").unlink(missing_ok=True)
+        return _Submission(config, run_dir, entry, queued_jobs()).submit_missing()
+
+
+@dataclass(slots=True)
+class _Submission:
+    """One pass over the graph.
+
+    Attributes:
+        states: The user's jobs that Slurm knows, those submitted by this pass too.
+        renewed: Stages of which this pass submitted something.
+    """
+
+    config: Config
+    run_dir: RunDir
+    entry: Entry
+    states: dict[str, JobState]
+    renewed: set[str] = field(default_factory=set)
+
+    def submit_missing(self) -> list[str]:
+        """Bring every stage of the graph under way; a line for each."""
+        return [self._submit_stage(stage) for stage in stage_graph(self.config)]
+
+    def replace(self, job: str) -> str:
+        """Submit another job for the work of `job`, and let its dependents wait for that one."""
+        record, index = self._find_task(job)
+        del self.states[job]
+        stage = find_stage(self.config, record.stage)
+        (new,) = self._submit(stage, [index], self._dependencies(stage), replaces=job)
+        moved = [job for reader in self._readers(stage) for job in self._wait_anew(reader)]
+        waiting = f"; waiting for it now: {', '.join(moved)}" if moved else ""
+        return f"job {new.job_id} goes on with the work of {job} ({stage.name}){waiting}"
+
+    def _submit_stage(self, stage: Stage) -> str:
+        if is_done(self.run_dir, self.config, stage):
+            return f"{stage.name:<9} done"
+        set_aside_outdated(self.run_dir, self.config, stage)
+        if self.renewed.intersection(stage.reads):
+            self._wait_anew(stage)
+        present = {index for indices in self._active(stage).values() for index in indices}
+        missing = [index for index in self._unfinished(stage) if index not in present]
+        said = [f"adopted {len(present)} tasks"] if present else []
+        if missing:
+            new = self._submit(stage, missing, self._dependencies(stage))
+            jobs = ", ".join(record.job_id for record in new)
+            said.append(f"submitted {len(missing)} tasks as job {jobs}")
+        return f"{stage.name:<9} {', '.join(said)}"
+
+    def _active(self, stage: Stage) -> dict[str, tuple[int, ...]]:
+        """Jobs of the stage that wait or work, with the indices they stand for.
+
+        An array that is active as a whole goes by its number, else by its tasks that are.
+        """
+        found: dict[str, tuple[int, ...]] = {}
+        for record in read_records(self.run_dir):
+            if record.stage != stage.name:
+                continue
+            tasks = dict(zip(record.task_ids, record.indices, strict=False))
+            active = {job: (index,) for job, index in tasks.items() if self._is_active(job)}
+            if len(active) == len(tasks):
+                found[record.job_id] = record.indices
+            else:
+                found |= active
+        return found
+
+    def _is_active(self, job: str) -> bool:
+        return job in self.states and self.states[job].is_active
+
+    def _dependencies(self, stage: Stage) -> list[str]:
+        """Jobs that make what the stage reads."""
+        read = (find_stage(self.config, name) for name in stage.reads)
+        return [
+            job
+            for upstream in read
+            if not is_done(self.run_dir, self.config, upstream)
+            for job in self._active(upstream)
+        ]
+
+    def _readers(self, stage: Stage) -> list[Stage]:
+        return [other for other in stage_graph(self.config) if stage.name in other.reads]
+
+    def _wait_anew(self, stage: Stage) -> list[str]:
+        """Let the stage's jobs that were submitted earlier wait for what makes their input now."""
+        jobs = self._active(stage)
+        dependencies = self._dependencies(stage)
+        if dependencies:
+            for job in jobs:
+                words = f"Dependency=afterok:{':'.join(dependencies)}"
+                call_slurm("scontrol", "update", f"JobId={job}", words)
+        return list(jobs)
+
+    def _unfinished(self, stage: Stage) -> list[int]:
+        indices = all_indices(self.config, stage)
+        if stage.form != "members":
+            return list(indices)
+        return [i for i in indices if not (self.run_dir.member(i) / "result.json").exists()]
+
+    def _submit(
+        self,
+        stage: Stage,
+        indices: list[int],
+        dependencies: list[str],
+        replaces: str | None = None,
+    ) -> list[JobRecord]:
+        submitter = Submitter(config=self.config, run_dir=self.run_dir, entry=self.entry)
+        most = int(scheduler_settings().get("MaxArraySize", "1001"))
+        chunks = [tuple(indices[at : at + most]) for at in range(0, len(indices), most)]
+        parallel = max(1, self.config.site.slurm.max_parallel_tasks // len(chunks))
+        records = [
+            submitter.submit(
+                job_spec(self.config, stage.name, chunk), dependencies, parallel, replaces
+            )
+            for chunk in chunks
+        ]
+        for job in (job for record in records for job in record.task_ids):
+            self.states[job] = JobState(job_id=job, state="PENDING")
+        self.renewed.add(stage.name)
+        return records
+
+    def _find_task(self, job: str) -> tuple[JobRecord, int]:
+        for record in read_records(self.run_dir):
+            if job in record.task_ids:
+                return record, record.indices[record.task_ids.index(job)]
+        raise UsageError(f"job {job} doesn't belong to {self.run_dir.root}")
+
+
+def resubmit_job(root: Path, job: str, entry: Entry) -> str:
+    """Submit another job for the work of `job`, which is about to end.
+
+    Args:
+        root: The run directory.
+        job: `123`, or `123_4` for an array task.
+        entry: As for `submit_pipeline`.
+
+    Returns:
+        A line for people.
+
+    Raises:
+        UsageError: No such job belongs to the run.
+        ClusterError: Slurm refused.
+    """
+    run_dir, config = open_run(root)
+    return _Submission(config, run_dir, entry, queued_jobs()).replace(job)

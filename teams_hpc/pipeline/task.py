@@ -1,0 +1,93 @@
+"""One task of one stage, in this process: what `run` starts, and every process of a Slurm job."""
+
+import logging
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from teams_hpc.config import Config
+from teams_hpc.errors import StopRequested, TeamsError
+from teams_hpc.pipeline.graph import Stage, find_stage, task_name
+from teams_hpc.pipeline.inputs import prepare_stage
+from teams_hpc.pipeline.start import open_run
+from teams_hpc.pipeline.starts import mark_stopped, record_start
+from teams_hpc.runtime.logs import setup_logging
+from teams_hpc.runtime.preemption import (
+    PARENT_VARIABLE,
+    StopFlag,
+    die_with_parent,
+    read_stop_time,
+)
+from teams_hpc.runtime.ranks import Ranks, read_ranks
+from teams_hpc.storage.atomic import naming_disk_faults
+from teams_hpc.storage.run_dir import RunDir
+
+_log = logging.getLogger(__name__)
+
+
+def error_path(run_dir: RunDir, task: str) -> Path:
+    """Where a task's process leaves its error for `run` and `status`."""
+    return run_dir.metrics / f"{task}.error.txt"
+
+
+def run_task(name: str, root: Path, index: int) -> None:
+    """Do one task of the stage `name`.
+
+    Inside a Slurm step this is one of its processes: output goes to the task's log, a stop leaves
+    a marker for the epilogue, and starts without progress are counted.
+
+    Args:
+        name: The stage.
+        root: The run directory.
+        index: Which policy member, or which worker; processes of one worker's step count on.
+
+    Raises:
+        TeamsError: As the stage raised it; the text of a failure is also left at `error_path`.
+    """
+    stop = StopFlag(stop_time=read_stop_time())
+    stop.install()
+    die_with_parent()
+    run_dir, config = open_run(root)
+    stage, ranks = find_stage(config, name), read_ranks()
+    index = _own_index(stage, index, ranks)
+    task = task_name(stage, index)
+    in_slurm = "SLURM_STEP_ID" in os.environ and PARENT_VARIABLE not in os.environ
+    if in_slurm:
+        _write_to_log(run_dir, task)
+    setup_logging(ranks, task)
+    try:
+        with naming_disk_faults(run_dir.root):
+            if in_slurm and ranks.is_first:
+                record_start(run_dir, config, stage, index)
+            _do(run_dir, config, stage, index, stop)
+    except StopRequested as request:
+        if in_slurm:
+            mark_stopped(run_dir, task, str(request))
+        raise
+    except (TeamsError, OSError) as error:
+        with suppress(OSError):  # a full disk takes no last words
+            error_path(run_dir, task).write_text(f"{error}\n", encoding="utf-8")
+        raise
+
+
+def _own_index(stage: Stage, index: int, ranks: Ranks) -> int:
+    if stage.form == "workers":
+        return index * ranks.world_size + ranks.rank
+    return ranks.rank if stage.form == "ranks" else index
+
+
+def _do(run_dir: RunDir, config: Config, stage: Stage, index: int, stop: StopFlag) -> None:
+    prepare_stage(run_dir, config, stage)
+    error_path(run_dir, task_name(stage, index)).unlink(missing_ok=True)
+    stage.load()(run_dir, config, index, stop)
+
+
+def _write_to_log(run_dir: RunDir, task: str) -> None:
+    """Send what this process prints to its log, as `run` does with the processes it starts."""
+    run_dir.logs.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with run_dir.log(task).open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
