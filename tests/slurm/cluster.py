@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -132,6 +132,7 @@ class SlurmCluster:
     preempt_mode: Literal["REQUEUE", "CANCEL"] = "REQUEUE"
     grace_seconds: int = 15
     cred_expire: int = 5
+    _last_failure: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder).resolve()
@@ -543,15 +544,21 @@ innodb_flush_log_at_trx_commit=0
         )
 
     def _succeeds(self, *argv: str) -> bool:
-        with suppress(subprocess.TimeoutExpired):
-            return self._call(argv, timeout=10).returncode == 0
-        return False
+        """Whether a command succeeds; what it says otherwise is kept for an error's text."""
+        return self._output(*argv) is not None
+
+    def _output(self, *argv: str) -> str | None:
+        try:
+            done = self._call(argv, timeout=10)
+        except subprocess.TimeoutExpired:
+            self._last_failure = f"{argv[0]}: no end after 10 s"
+            return None
+        self._last_failure = f"{argv[0]}: {done.stderr.strip()}" if done.returncode else ""
+        return None if done.returncode else done.stdout
 
     def _all_nodes_idle(self) -> bool:
-        with suppress(subprocess.TimeoutExpired):
-            done = self._call(("sinfo", "-h", "-N", "-p", "low", "-o", "%t"), timeout=10)
-            return done.returncode == 0 and done.stdout.split() == ["idle"] * self.num_nodes
-        return False
+        states = self._output("sinfo", "-h", "-N", "-p", "low", "-o", "%t")
+        return states is not None and states.split() == ["idle"] * self.num_nodes
 
     def _poll(self, what: str, condition: Callable[[], T], timeout: float, pause: float = 0.1) -> T:
         """The condition's first true value; an error with the logs when the time is over."""
@@ -560,7 +567,8 @@ innodb_flush_log_at_trx_commit=0
             if value := condition():
                 return value
             if time.monotonic() > deadline:
-                raise self._error(f"waited {timeout} s in vain for {what}")
+                said = f"\n{self._last_failure}" if self._last_failure else ""
+                raise self._error(f"waited {timeout} s in vain for {what}{said}")
             time.sleep(pause)
 
 
