@@ -52,6 +52,8 @@ def run_task(name: str, root: Path, index: int) -> None:
     stage, ranks = find_stage(config, name), read_ranks()
     index = _own_index(stage, index, ranks)
     task = task_name(stage, index)
+    if stage.form == "workers":
+        _take_own_gpus(ranks)
     in_slurm = "SLURM_STEP_ID" in os.environ and PARENT_VARIABLE not in os.environ
     if in_slurm:
         _write_to_log(run_dir, task)
@@ -75,6 +77,15 @@ def _own_index(stage: Stage, index: int, ranks: Ranks) -> int:
     if stage.form == "workers":
         return index * ranks.world_size + ranks.rank
     return ranks.rank if stage.form == "ranks" else index
+
+
+def _take_own_gpus(ranks: Ranks) -> None:
+    """Of the GPUs that all processes of this node see, use an equal share, in order."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    share = len(visible) // ranks.local_world_size
+    if visible != [""] and ranks.local_world_size > 1 and share:
+        own = visible[ranks.local_rank * share : (ranks.local_rank + 1) * share]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
 
 
 def _do(run_dir: RunDir, config: Config, stage: Stage, index: int, stop: StopFlag) -> None:

@@ -39,7 +39,6 @@ MOST_SATURATED = 0.95
 """With more saturated verdicts than this, rewards hardly grade rewrites."""
 
 _FINAL_ITERATIONS = 10
-_LEASE_WAIT_S = 10.0
 _ROLES: tuple[RoleName, ...] = ("instructor", "reviewer")
 _log = logging.getLogger(__name__)
 
@@ -61,19 +60,24 @@ def train_member(run_dir: RunDir, config: Config, index: int, stop: StopFlag) ->
         )
     folder = run_dir.member(index)
     with Lease(run_dir.leases / f"policy-{index:03d}", config.site.lease_s) as lease:
-        if not lease.acquire_within(_LEASE_WAIT_S):
+        if not lease.outlast():
             raise RunInUseError(f"{folder} is being worked on by another process")
         if not (folder / "result.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             run_dir.metrics.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
             with loaded_engines(config) as engines:
-                _train(run_dir, config, index, engines, stop)
+                _train(run_dir, config, index, engines, lease, stop)
     _finish_stage(run_dir, config)
 
 
 def _train(
-    run_dir: RunDir, config: Config, index: int, engines: tuple[Engine, Engine], stop: StopFlag
+    run_dir: RunDir,
+    config: Config,
+    index: int,
+    engines: tuple[Engine, Engine],
+    lease: Lease,
+    stop: StopFlag,
 ) -> None:
     seeds = _training_seeds(config)
     ledger = Ledger()
@@ -90,6 +94,7 @@ def _train(
     progress.update(member.iteration, total)
     while member.iteration < total:
         stop.raise_if_set(f"{member.iteration} of {total} iterations")
+        lease.refuse_if_lost(f"policy member {index}")
         metrics = member.advance()
         progress.update(member.iteration, total, f"reward {metrics['mean_reward']:.3f}")
     member.finish(len(seeds))

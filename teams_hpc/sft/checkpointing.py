@@ -1,7 +1,8 @@
 """Checkpoints: written whole, read only if they are what was written and nobody else could.
 
     checkpoints/step-000123/
-        manifest.json    step, world size, input digest, state of the run, SHA-256 of every file
+        manifest.json    step, world size, input digest, state of the run, SHA-256 of every file,
+                     seconds the save took (a job must be warned so long before its end)
         zero/            what DeepSpeed writes, a part by each process (pickles)
 
 A folder is filled under a temporary name, the manifest last, and then renamed.
@@ -11,6 +12,7 @@ import logging
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -128,6 +130,7 @@ class CheckpointStore:
         """
         target = self._folder / f"step-{state.step:06d}"
         temporary = temporary_folder(target)
+        start = time.monotonic()
         with naming_disk_faults(target):
             if self._world.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -144,6 +147,7 @@ class CheckpointStore:
                     "world_size": self._world.size,
                     "state": asdict(state),
                     "files": files,
+                    "save_s": time.monotonic() - start,
                 }
                 write_json(temporary / _MANIFEST, content)
                 (temporary / _MANIFEST).chmod(0o600)

@@ -34,7 +34,6 @@ from teams_hpc.storage.lease import Lease
 from teams_hpc.storage.run_dir import RunDir, read_manifest, write_manifest
 
 _log = logging.getLogger(__name__)
-_LEASE_MARGIN_S = 15.0
 
 
 def train(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
@@ -56,7 +55,7 @@ def train(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
     plan = plan_batch(config.sft, ranks.world_size)
     attention = choose_attention(config.sft, device)
     transformers_logging.disable_progress_bar()
-    with _claimed(run_dir, config, ranks), joined_world(ranks, device) as world:
+    with _claimed(run_dir, config, ranks) as lease, joined_world(ranks, device) as world:
         _Training(
             run_dir=run_dir,
             config=config,
@@ -65,21 +64,22 @@ def train(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
             schedule=schedule,
             attention=attention,
             packed=packed,
+            lease=lease,
             stop=stop,
         ).run()
 
 
 @contextmanager
-def _claimed(run_dir: RunDir, config: Config, ranks: Ranks) -> Iterator[None]:
+def _claimed(run_dir: RunDir, config: Config, ranks: Ranks) -> Iterator[Lease]:
     """Keep a second world out: without a launcher's variables each process is a first one."""
     lease = Lease(run_dir.leases / "sft", config.site.lease_s)
     with lease if ranks.is_first else nullcontext():
-        if ranks.is_first and not lease.acquire_within(config.site.lease_s + _LEASE_MARGIN_S):
+        if ranks.is_first and not lease.outlast():
             raise RunInUseError(
                 f"{run_dir.sft} is being trained by another process; if that is one of this job, "
                 "start them so that RANK and WORLD_SIZE are set"
             )
-        yield
+        yield lease
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,6 +93,7 @@ class _Training:
     schedule: Schedule
     attention: Attention
     packed: PackedRows
+    lease: Lease
     stop: StopFlag
 
     def run(self) -> None:
@@ -279,6 +280,8 @@ class _Loop:
 
     def _save(self) -> None:
         if self.state.step != self._saved_step:
+            if self._world.is_first:
+                self._training.lease.refuse_if_lost("the fine-tuning")
             self._store.save(self._engine, self.state)
             self._saved_step = self.state.step
 

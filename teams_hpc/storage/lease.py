@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from teams_hpc.errors import RunInUseError
 from teams_hpc.storage.atomic import write_json
+
+_PATIENCE_S = 10.0
 
 
 def _process_start(pid: int) -> str | None:
@@ -132,10 +135,25 @@ class Lease:
             time.sleep(0.1)
         return True
 
+    def outlast(self) -> bool:
+        """Take the claim; waits as long as a holder that is gone may need to seem so."""
+        found = read_holder(self.path)
+        is_here = found is None or found[0].is_on_this_host()
+        return self.acquire_within(_PATIENCE_S if is_here else self.lease_s + _PATIENCE_S)
+
     def is_held(self) -> bool:
         """Whether the claim is still ours; a holder asks before it publishes."""
         found = read_holder(self.path)
         return found is not None and self._holder is not None and found[0] == self._holder
+
+    def refuse_if_lost(self, what: str) -> None:
+        """Asked before something lasting is written.
+
+        Raises:
+            RunInUseError: Somebody who thought this holder gone works on `what` now.
+        """
+        if not self.is_held():
+            raise RunInUseError(f"{what} was taken over by another process; this one ends")
 
     def release(self) -> None:
         """Give the claim back, if it is still ours."""
