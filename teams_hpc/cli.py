@@ -212,8 +212,8 @@ def cancel(run_dir: RunFolder) -> None:
 
     opened, _ = open_run(run_dir)
     cancelled = cancel_run(opened)
-    for job_id in cancelled:
-        print(f"cancelled {job_id}")
+    for job in cancelled:
+        print(f"cancelled {job.job_id} ({job.state.lower()})")
     if not cancelled:
         print("nothing to cancel: no job of this run waits or runs")
 

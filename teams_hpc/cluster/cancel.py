@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from teams_hpc.cluster.records import read_records
-from teams_hpc.cluster.slurm import call_slurm, queued_jobs
+from teams_hpc.cluster.slurm import JobState, call_slurm, queued_jobs
 from teams_hpc.errors import ClusterError, UsageError
 from teams_hpc.storage.run_dir import RunDir
 
@@ -11,9 +11,10 @@ _BATCH = 500
 _OVER = ("Invalid job id", "already completing or completed")
 
 
-def cancel_run(run_dir: RunDir) -> tuple[str, ...]:
-    """Cancel the active jobs in a run's records; says which (`123`, or `123_4`).
+def cancel_run(run_dir: RunDir) -> tuple[JobState, ...]:
+    """Cancel the active jobs in a run's records; returns the tasks that were active.
 
+    Arrays are cancelled whole: elements cancelled one by one would be missing from accounting.
     Before that `slurm/cancelled` is left behind, so that no job is put back into the queue.
 
     Raises:
@@ -25,20 +26,21 @@ def cancel_run(run_dir: RunDir) -> tuple[str, ...]:
         raise UsageError(f"{run_dir.root} has no job records: nothing of it was submitted to Slurm")
     (run_dir.slurm / "cancelled").touch(mode=0o600)
     queue = queued_jobs()
-    active = [
-        job_id
+    active = {
+        record.job_id: found
         for record in reversed(records)  # what depends on others first, so that none starts
-        for job_id in record.task_ids
-        if job_id in queue and queue[job_id].is_active
-    ]
-    refusals = [
-        refusal
-        for first in range(0, len(active), _BATCH)
-        if (refusal := _cancel(active[first : first + _BATCH]))
-    ]
+        if (
+            found := [
+                queue[one] for one in record.task_ids if one in queue and queue[one].is_active
+            ]
+        )
+    }
+    job_ids = list(active)
+    batches = [job_ids[first : first + _BATCH] for first in range(0, len(job_ids), _BATCH)]
+    refusals = [refusal for batch in batches if (refusal := _cancel(batch))]
     if refusals:
         raise ClusterError(refusals[0])
-    return tuple(active)
+    return tuple(state for found in active.values() for state in found)
 
 
 def _cancel(job_ids: Sequence[str]) -> str:

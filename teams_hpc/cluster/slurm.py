@@ -18,6 +18,7 @@ _TIMEOUT_S = 60.0
 _TRIES = 4
 _BUSY = ("Socket timed out", "Unable to contact slurm controller", "temporarily unable")
 _KEPT_VARIABLES = ("SLURM_CONF",)
+_WHOLE_NAMES = {"SLURM_BITSTR_LEN": "0"}  # else `12_[0,2-7,...]` is cut after 64 characters
 _DROPPED_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "PMI", "OMPI_", "TEAMS_HPC_")
 
 ACTIVE_STATES = frozenset(
@@ -46,7 +47,7 @@ def call_slurm(*argv: str, timeout_s: float = _TIMEOUT_S) -> str:
         try:
             done = subprocess.run(
                 argv,
-                env=clean_environment(),
+                env={**clean_environment(), **_WHOLE_NAMES},
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -103,7 +104,8 @@ def queued_jobs() -> dict[str, JobState]:
 def accounted_jobs(job_ids: Iterable[str]) -> dict[str, JobState] | None:
     """Jobs as accounting knows them, those long gone too; None where accounting is off.
 
-    One `sacct` for all of them, whatever their number.
+    One `sacct` for all of them, whatever their number. An array task that was cancelled before it
+    started, without the rest of its array, isn't listed at all (Slurm 22.05).
 
     Args:
         job_ids: Ids of whole jobs (`123`); array tasks come as `123_0`, `123_1` ...
@@ -113,7 +115,7 @@ def accounted_jobs(job_ids: Iterable[str]) -> dict[str, JobState] | None:
         return {}
     try:
         text = call_slurm(
-            "sacct", "--noheader", "--parsable2", "--allocations", "--array",
+            "sacct", "--noheader", "--parsable2", "--allocations",
             f"--jobs={','.join(wanted)}", "--format=JobID,State,ExitCode",
         )  # fmt: skip
     except ClusterError as error:
@@ -130,14 +132,18 @@ def accounted_jobs(job_ids: Iterable[str]) -> dict[str, JobState] | None:
 
 
 def expand_job_id(name: str) -> Iterator[str]:
-    """Ids of the jobs that one name stands for: `12_[0-2,7%4]` is 12_0, 12_1, 12_2, 12_7."""
+    """Ids of the jobs that one name stands for: `12_[0-4:2,7%4]` is 12_0, 12_2, 12_4, 12_7."""
     head, bracket, rest = name.partition("_[")
     if not bracket:
         yield name
         return
     for part in rest.rstrip("]").partition("%")[0].split(","):
-        first, _, last = part.partition("-")
-        yield from (f"{head}_{number}" for number in range(int(first), int(last or first) + 1))
+        if part.endswith("..."):  # cut off, maybe within a number
+            return
+        numbers, _, step = part.partition(":")
+        first, _, last = numbers.partition("-")
+        found = range(int(first), int(last or first) + 1, int(step or 1))
+        yield from (f"{head}_{number}" for number in found)
 
 
 @cache

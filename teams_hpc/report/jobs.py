@@ -63,6 +63,8 @@ class TaskState:
     @property
     def words(self) -> str:
         """`FAILED (exit 1:0)`."""
+        if self.reason == "16:0":  # sacct takes 128 off 144
+            return f"{self.state} (stopped on request, not requeued)"
         return f"{self.state} (exit {self.reason})" if ":" in self.reason else self.state
 
 
@@ -116,15 +118,20 @@ def read_jobs(run_dir: RunDir) -> RunJobs:
     trouble = ""
     known: Mapping[str, JobState] = {}
     lag_s = float("-inf")
+    now = time.time()
     try:
         known, lag_s = _ask(records)
     except ClusterError as error:
         trouble = str(error)
-    now = time.time()
+    seen = {job_id.partition("_")[0] for job_id in known}
     tasks = []
     for record, index, job_id in _current_tasks(records):
-        unknown = SUBMITTED if now - record.submitted < lag_s else UNKNOWN
-        found = known.get(job_id) or JobState(job_id=job_id, state=unknown)
+        found = known.get(job_id)
+        if found is None:
+            is_young = now - record.submitted < (_QUEUE_LAG_S if record.job_id in seen else lag_s)
+            # accounting drops elements of an array that were cancelled before they started
+            gone = "CANCELLED" if record.job_id in seen and lag_s == _ACCOUNTING_LAG_S else UNKNOWN
+            found = JobState(job_id=job_id, state=SUBMITTED if is_young else gone)
         tasks.append(
             TaskState(
                 job_id=job_id,

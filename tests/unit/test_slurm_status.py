@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from teams_hpc.cli import app
 from teams_hpc.cluster.cancel import cancel_run
 from teams_hpc.cluster.records import JobRecord, write_record
+from teams_hpc.cluster.slurm import expand_job_id
 from teams_hpc.config import Config, dump_yaml
 from teams_hpc.errors import ClusterError, UsageError
 from teams_hpc.report.jobs import JobPoll, read_jobs
@@ -186,6 +187,28 @@ def test_a_job_slurm_does_not_know_yet_is_submitted(
     assert read_status(run_dir, config).is_active
 
 
+def test_an_array_task_that_accounting_dropped_was_cancelled(
+    slurm: FakeSlurm, run_dir: RunDir
+) -> None:
+    submitted(run_dir, "12", count=4, at=LONG_AGO)
+    slurm.says("sacct", "12_0|COMPLETED|0:0\n12_[2-3]|CANCELLED by 7|0:0\n")
+    states = [task.state for task in read_jobs(run_dir).tasks]
+    assert states == ["COMPLETED", "CANCELLED", "CANCELLED", "CANCELLED"]
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("12_[0-2,7%4]", [0, 1, 2, 7]),
+        ("12_[0-8:4]", [0, 4, 8]),
+        ("12_[1,3-4,7...%2]", [1, 3, 4]),
+        ("12_5", [5]),
+    ],
+)
+def test_names_of_arrays_are_taken_apart(name: str, numbers: list[int]) -> None:
+    assert list(expand_job_id(name)) == [f"12_{number}" for number in numbers]
+
+
 def test_dependent_jobs_name_the_stage_that_failed(
     slurm: FakeSlurm, run_dir: RunDir, config: Config
 ) -> None:
@@ -268,16 +291,17 @@ def test_cancel_touches_the_run_and_nothing_else(slurm: FakeSlurm, run_dir: RunD
         "12_0|COMPLETED|None\n12_1|RUNNING|None\n12_2|PENDING|Resources\n13|PENDING|Dependency\n"
         "120|RUNNING|None\n12_7|RUNNING|None\n",
     )
-    assert cancel_run(run_dir) == ("13", "12_1", "12_2")
-    assert slurm.calls("scancel") == ["13 12_1 12_2"]
+    assert [job.job_id for job in cancel_run(run_dir)] == ["13", "12_1", "12_2"]
+    assert slurm.calls("scancel") == ["13 12"]
     assert (run_dir.slurm / "cancelled").exists()
 
 
 def test_cancel_goes_in_batches_and_reports_refusals(slurm: FakeSlurm, run_dir: RunDir) -> None:
-    submitted(run_dir, "12", count=1001)
-    slurm.says("squeue", "".join(f"12_{number}|RUNNING|None\n" for number in range(1001)))
-    assert len(cancel_run(run_dir)) == 1001
-    assert [len(call.split()) for call in slurm.calls("scancel")] == [500, 500, 1]
+    for number in range(501):
+        submitted(run_dir, str(number + 1))
+    slurm.says("squeue", "".join(f"{number + 1}|RUNNING|None\n" for number in range(501)))
+    assert len(cancel_run(run_dir)) == 501
+    assert [len(call.split()) for call in slurm.calls("scancel")] == [500, 1]
     slurm.says("scancel", "", error="scancel: error: Invalid job id 12_3\n")
     cancel_run(run_dir)
     slurm.says("scancel", "", error="scancel: error: Access denied\n")
