@@ -5,19 +5,21 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from teams_hpc.config import Config, TransformersEngineConfig
 from teams_hpc.config.check import input_faults
 from teams_hpc.errors import TeamsError
+from teams_hpc.pipeline.forecast import num_parameters
+from teams_hpc.pipeline.submit import submission_faults
+from teams_hpc.report.doctor_slurm import slurm_findings
+from teams_hpc.report.finding import Finding, fault_of_line
 from teams_hpc.rewriting.seeds import read_seeds
-
-Level = Literal["ok", "note", "fault"]
+from teams_hpc.storage.run_dir import RunDir
 
 _PACKAGES = (
     ("torch", "policy, SFT, local models", True),
@@ -29,25 +31,13 @@ _PACKAGES = (
     ("lm-eval", "ARC, HellaSwag: extra 'eval'", False),
 )
 _LOW_DISK_GB = 5.0
+_STATE_BYTES_PER_PARAMETER = 14  # float32 weights, two Adam moments, 16-bit weights
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One line of the diagnosis."""
-
-    level: Level
-    what: str
-    found: str
-    expected: str = ""
-    remedy: str = ""
-
-    @property
-    def is_fault(self) -> bool:
-        return self.level == "fault"
-
-
-def _packages() -> Iterator[Finding]:
-    for package, use, is_needed in _PACKAGES:
+def _packages(config: Config | None) -> Iterator[Finding]:
+    runs_here = config is None or config.site.executor == "local"
+    for package, use, needed in _PACKAGES:
+        is_needed = needed and runs_here
         try:
             yield Finding(level="ok", what=package, found=metadata.version(package), expected=use)
         except metadata.PackageNotFoundError:
@@ -60,31 +50,51 @@ def _packages() -> Iterator[Finding]:
             )
 
 
-def _machine(folder: Path) -> Iterator[Finding]:
+def _machine(config: Config | None) -> Iterator[Finding]:
     yield Finding(level="ok", what="python", found=sys.version.split()[0], expected="3.11 or newer")
     cores = len(os.sched_getaffinity(0))
     yield Finding(level="ok", what="cores", found=str(cores))
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield Finding(level="ok", what="memory", found=f"{pages / 2**30:.0f} GiB")
-    while not folder.exists():
-        folder = folder.parent
-    free_gb = shutil.disk_usage(folder).free / 1e9
-    yield Finding(
-        level="ok" if free_gb > _LOW_DISK_GB else "fault",
-        what="free disk",
-        found=f"{free_gb:.0f} GB",
-        expected=f"more than {_LOW_DISK_GB:.0f} GB where the run directory is",
-        remedy="" if free_gb > _LOW_DISK_GB else f"free some space on {folder}",
-    )
+    yield _disk(config)
     allocation = os.environ.get("SLURM_JOB_ID")
     yield Finding(
         level="ok", what="allocation", found=f"Slurm job {allocation}" if allocation else "none"
     )
 
 
+def _disk(config: Config | None) -> Finding:
+    """Free space where the run is, against what its checkpoints will take, roughly."""
+    folder = Path.cwd() if config is None else config.resolved_run_dir
+    while not folder.exists():
+        folder = folder.parent
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    needed_gb = max(_LOW_DISK_GB, _checkpoints_gb(config) if config else 0.0)
+    is_enough = free_gb > needed_gb
+    return Finding(
+        level="ok" if is_enough else "fault",
+        what="free disk",
+        found=f"{free_gb:.0f} GB",
+        expected=f"more than {needed_gb:.0f} GB where the run directory is",
+        remedy="" if is_enough else f"free some space on {folder}, or lower sft.keep_checkpoints",
+    )
+
+
+def _checkpoints_gb(config: Config) -> float:
+    """The checkpoints that are kept and the one that is being written."""
+    size = _STATE_BYTES_PER_PARAMETER * num_parameters(config)
+    return size * (config.sft.keep_checkpoints + 1) / 1e9
+
+
 def _gpus(config: Config | None) -> Iterator[Finding]:
-    wanted = 0 if config is None else max(config.site.gpus_per_node, _ranks_on_gpus(config))
+    runs_here = config is None or config.site.executor == "local"
+    wanted = 0
+    if config is not None and runs_here:
+        wanted = max(config.site.gpus_per_node, _ranks_on_gpus(config))
     if importlib.util.find_spec("torch") is None:
+        found = "not known: torch is not installed here"
+        expected = f"{wanted} here" if runs_here else "none here: the jobs ask Slurm for them"
+        yield Finding(level="note", what="GPUs", found=found, expected=expected)
         return
     import torch
 
@@ -104,10 +114,8 @@ def _ranks_on_gpus(config: Config) -> int:
 
 
 def _config_findings(config: Config) -> Iterator[Finding]:
-    for fault in input_faults(config):
-        key, _, text = fault.partition(": ")
-        found, _, remedy = text.partition("; ")
-        yield Finding(level="fault", what=key, found=found, remedy=remedy)
+    for fault in _faults(config):
+        yield fault_of_line(fault)
     try:
         seeds = read_seeds(config.seeds.path, config.seeds.limit)
     except TeamsError as error:
@@ -127,11 +135,22 @@ def _config_findings(config: Config) -> Iterator[Finding]:
         )
 
 
+def _faults(config: Config) -> list[str]:
+    if config.site.executor == "local":
+        return input_faults(config)
+    try:
+        return submission_faults(config, RunDir(config.resolved_run_dir))
+    except TeamsError as error:
+        return [str(error)]
+
+
 def diagnose(config: Config | None) -> list[Finding]:
-    """Look at this machine; with a configuration, at all that it names too."""
-    folder = Path.cwd() if config is None else config.resolved_run_dir
-    findings = [*_machine(folder), *_packages(), *_gpus(config)]
-    return [*findings, *(_config_findings(config) if config else ())]
+    """Look at this machine; with a configuration, at all that it names too, and at its cluster."""
+    findings = [*_machine(config), *_packages(config), *_gpus(config)]
+    if config is None:
+        return findings
+    findings += _config_findings(config)
+    return [*findings, *(slurm_findings(config) if config.site.executor == "slurm" else ())]
 
 
 def findings_table(findings: list[Finding]) -> Table:
@@ -142,5 +161,6 @@ def findings_table(findings: list[Finding]) -> Table:
         table.add_column(heading, overflow="fold")
     for line in findings:
         mark = f"[{colours[line.level]}]{line.level}[/]"
-        table.add_row(mark, line.what, line.found, line.expected, line.remedy)
+        words = (line.what, line.found, line.expected, line.remedy)
+        table.add_row(mark, *(escape(word) for word in words))
     return table
