@@ -135,6 +135,9 @@ def _line(what: str, is_good: bool, found: str, *, expected: str = "", remedy: s
 def _place_lines(config: Config, answers: Sequence[Answer], token: str) -> Iterator[Finding]:
     """What the nodes see of the run directory, and how it behaves between them."""
     yield _line("nodes", len(answers) == 2, _names(answers), expected="two processes answer")
+    if len({answer["node"] for answer in answers}) == 1:
+        found = "one node alone: what follows says nothing of several"
+        yield Finding(level="note", what="between nodes", found=found)
     blind = [answer for answer in answers if answer.get("token") != token]
     if blind:
         words = blind[0].get("error", "another folder is there")

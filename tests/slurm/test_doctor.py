@@ -156,3 +156,24 @@ def test_the_command_exits_1_on_a_fault(cluster: SlurmCluster, make: Make, tmp_p
     assert done.returncode == 1, done.stderr
     assert "there is no partition nope" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_packages_are_looked_for_inside_the_container(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    runtime = tmp_path / "bin" / "apptainer"
+    runtime.write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} "$@"\n')  # exec IMAGE python3
+    runtime.chmod(0o755)
+    (tmp_path / "x.sif").touch()
+    override = f"site.container={{image: {tmp_path / 'x.sif'}}}"
+    without = by_name(slurm_findings(make(override)))
+    assert without["container runtime"].level == "note"
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    found = by_name(slurm_findings(make(override)))
+    assert found["container"].found == "apptainer starts x.sif"
+    assert found["torch on the nodes"].level == "ok"
+    runtime.write_text("#!/bin/sh\necho no such image >&2\nexit 255\n")
+    broken = by_name(slurm_findings(make(override)))
+    assert broken["container"].is_fault
+    assert "no such image" in broken["container"].found
