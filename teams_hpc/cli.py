@@ -122,6 +122,25 @@ def submit(
 
 
 @app.command(hidden=True)
+def job(
+    name: Annotated[str, typer.Argument(metavar="STAGE")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    submitted: Annotated[str, typer.Option(metavar="JOB", help="Keep this job's record.")] = "",
+) -> None:
+    """What slurm/submit.sh asks: the environment and the options of one stage's job."""
+    from teams_hpc.config import load_config
+    from teams_hpc.pipeline.submit import adopt_job, prepare_job
+
+    loaded = load_config(config, overrides or ())
+    if submitted:
+        print(adopt_job(loaded, name, submitted))
+        return
+    for word in prepare_job(loaded, name):
+        print(word, end="\0")
+
+
+@app.command(hidden=True)
 def resubmit(
     run_dir: RunFolder,
     job: Annotated[str, typer.Argument(metavar="JOB", help="123 or 123_4")],

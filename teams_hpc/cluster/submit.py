@@ -47,12 +47,19 @@ def job_environment(config: Config, run_dir: RunDir, spec: JobSpec) -> dict[str,
     values = {
         "TEAMS_HPC_RUN_DIR": str(run_dir.root),
         "TEAMS_HPC_PYTHON": sys.executable,
+        "TEAMS_HPC_TASK_PYTHON": CONTAINER_PYTHON if config.site.container else sys.executable,
         "TEAMS_HPC_WARNING_S": str(slurm.warning_s),
         "OMP_NUM_THREADS": str(spec.cpus_per_task),
-        **container_environment(config, run_dir.root),
-        **slurm.environment,
+        # A compute node often has no way out: what isn't there must be missed at once.
+        "HF_HUB_OFFLINE": "1",
     }
-    return values
+    if slurm.modules:
+        values["TEAMS_HPC_MODULES"] = " ".join(slurm.modules)
+    if slurm.scratch is not None:
+        values["TEAMS_HPC_SCRATCH"] = str(slurm.scratch)
+    if slurm.mpi is not None:
+        values["SLURM_MPI_TYPE"] = slurm.mpi  # as srun --mpi
+    return {**values, **container_environment(config, run_dir.root), **slurm.environment}
 
 
 def sbatch_options(config: Config, spec: JobSpec) -> dict[str, Any]:
@@ -78,23 +85,14 @@ def sbatch_options(config: Config, spec: JobSpec) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value not in (None, False)}
 
 
-def srun_options(config: Config, spec: JobSpec) -> list[str]:
+def srun_options(spec: JobSpec) -> list[str]:
     """Options of `srun` for the processes of a job."""
-    options = [
+    return [
         # A site may have set either the other way, which would cut down ranks that still save.
         f"--kill-on-bad-exit={int(spec.ranks_hang_together)}",
         "--wait=0",
+        "--gpu-bind=none",  # every rank sees all GPUs of its node and takes its own
     ]
-    if spec.gpus_per_node:
-        options.append("--gpu-bind=none")  # every rank sees all GPUs of its node and takes its own
-    if config.site.slurm.mpi:
-        options.append(f"--mpi={config.site.slurm.mpi}")
-    return options
-
-
-def module_lines(config: Config) -> list[str]:
-    """Shell lines that load the site's modules."""
-    return [f"module load {shlex.quote(name)}" for name in config.site.slurm.modules]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,16 +161,13 @@ class Submitter:
     def _executor(
         self, spec: JobSpec, dependencies: Sequence[str], max_parallel_tasks: int
     ) -> SlurmExecutor:
-        python = CONTAINER_PYTHON if self.config.site.container else sys.executable
-        task = self.run_dir.slurm / "task.sh"
-        executor = _Executor(
-            folder=self.run_dir.slurm, python=f"sh {shlex.quote(str(task))} {shlex.quote(python)}"
-        )
+        environment = job_environment(self.config, self.run_dir, spec)
+        words = ("sh", str(self.run_dir.slurm / "task.sh"), environment["TEAMS_HPC_TASK_PYTHON"])
+        executor = _Executor(folder=self.run_dir.slurm, python=shlex.join(words))
         options = sbatch_options(self.config, spec)
         options["output"] = "%A_%a.out" if len(spec.indices) > 1 else "%j.out"
         if dependencies:
             options["dependency"] = f"afterok:{':'.join(dependencies)}"
-        environment = job_environment(self.config, self.run_dir, spec)
         executor.update_parameters(
             array_parallelism=max_parallel_tasks,
             wckey=None,
@@ -181,10 +176,9 @@ class Submitter:
             nodes=spec.nodes,
             setup=[
                 *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
-                *module_lines(self.config),
                 (SHELL / "prologue.sh").read_text(encoding="utf-8"),
             ],
-            srun_args=srun_options(self.config, spec),
+            srun_args=srun_options(spec),
             teardown=[(SHELL / "requeue.sh").read_text(encoding="utf-8")],
             # submitit writes its own names with underscores, and would have the last word.
             additional_parameters={

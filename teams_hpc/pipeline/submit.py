@@ -1,14 +1,16 @@
 """The stage graph as Slurm jobs: what is missing is submitted, what is there is adopted."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from teams_hpc.cluster.jobs import JobSpec, job_spec
-from teams_hpc.cluster.records import JobRecord, read_records
+from teams_hpc.cluster.preflight import slurm_faults
+from teams_hpc.cluster.records import JobRecord, read_records, write_record
 from teams_hpc.cluster.slurm import JobState, call_slurm, queued_jobs, scheduler_settings
-from teams_hpc.cluster.submit import Entry, Submitter
+from teams_hpc.cluster.submit import Entry, Submitter, job_environment, sbatch_options
 from teams_hpc.config import Config
 from teams_hpc.config.check import input_faults, refuse_faults
 from teams_hpc.errors import UsageError
@@ -81,8 +83,6 @@ def submit_pipeline(config: Config, entry: Entry, *, rerun_from: str | None = No
         UsageError: Refused, with nothing submitted.
         ClusterError: Slurm refused in between; what was submitted is recorded.
     """
-    from teams_hpc.cluster.preflight import slurm_faults
-
     specs = job_specs(config)
     faults = submission_faults(config, RunDir(config.resolved_run_dir))
     refuse_faults(faults or slurm_faults(config, specs))
@@ -211,6 +211,46 @@ class _Submission:
             if job in record.task_ids:
                 return record, record.indices[record.task_ids.index(job)]
         raise UsageError(f"job {job} doesn't belong to {self.run_dir.root}")
+
+
+def prepare_job(config: Config, name: str) -> Iterator[str]:
+    """Make the run ready for one stage that a person submits with slurm/submit.sh.
+
+    Returns:
+        Words for that script: `NAME=VALUE` for the job's environment, an empty word, and options
+        of sbatch.
+
+    Raises:
+        UsageError: Refused, with nothing submitted.
+    """
+    stage = find_stage(config, name)
+    spec = job_spec(config, name, all_indices(config, stage))
+    faults = submission_faults(config, RunDir(config.resolved_run_dir))
+    refuse_faults(faults or slurm_faults(config, [spec]))
+    with prepared_run(config, stop=StopFlag()) as run_dir:
+        run_dir.slurm.mkdir(exist_ok=True, mode=0o700)
+        (run_dir.slurm / "cancelled").unlink(missing_ok=True)
+        for variable, value in job_environment(config, run_dir, spec).items():
+            yield f"{variable}={value}"
+        yield ""
+        for option, value in sbatch_options(config, spec).items():
+            yield f"--{option}" if value is True else f"--{option}={value}"
+        if len(spec.indices) > 1:
+            yield f"--array=0-{len(spec.indices) - 1}%{config.site.slurm.max_parallel_tasks}"
+
+
+def adopt_job(config: Config, name: str, job_id: str) -> str:
+    """Keep the record of a job that slurm/submit.sh has submitted; returns a line for people."""
+    indices = all_indices(config, find_stage(config, name))
+    record = JobRecord(
+        job_id=job_id,
+        stage=name,
+        indices=indices,
+        is_array=len(indices) > 1,
+        submitted=time.time(),
+    )
+    write_record(RunDir(config.resolved_run_dir), record)
+    return f"{name:<9} submitted {len(indices)} tasks as job {job_id}"
 
 
 def resubmit_job(root: Path, job: str, entry: Entry) -> str:

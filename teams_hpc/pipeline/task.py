@@ -10,6 +10,7 @@ from teams_hpc.config import Config
 from teams_hpc.errors import StopRequested, TeamsError
 from teams_hpc.pipeline.graph import Stage, find_stage, task_name
 from teams_hpc.pipeline.inputs import prepare_stage
+from teams_hpc.pipeline.staging import staged
 from teams_hpc.pipeline.start import open_run
 from teams_hpc.pipeline.starts import mark_stopped, record_start
 from teams_hpc.runtime.logs import setup_logging
@@ -91,7 +92,8 @@ def _take_own_gpus(ranks: Ranks) -> None:
 def _do(run_dir: RunDir, config: Config, stage: Stage, index: int, stop: StopFlag) -> None:
     prepare_stage(run_dir, config, stage)
     error_path(run_dir, task_name(stage, index)).unlink(missing_ok=True)
-    stage.load()(run_dir, config, index, stop)
+    here = staged(config, stage.name) if "SLURM_STEP_ID" in os.environ else config
+    stage.load()(run_dir, here, index, stop)
 
 
 def _write_to_log(run_dir: RunDir, task: str) -> None:

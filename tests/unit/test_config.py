@@ -33,7 +33,7 @@ def test_the_shipped_files_are_all_here() -> None:
         assert config.site.executor == "slurm"
 
 
-@pytest.mark.parametrize("name", ["local", "slurm-a100"])
+@pytest.mark.parametrize("name", ["local", "slurm-a100", "slurm-test"])
 def test_shipped_sites_load(name: str, tmp_path: Path) -> None:
     site = Path(__file__).parents[2] / "configs" / "sites" / f"{name}.yaml"
     config = load_config(write(tmp_path / "run.yaml", f"name: a\nextends: {site}\n"))

@@ -1,6 +1,13 @@
+# shellcheck shell=bash
 # What every batch script does before its step. `submit` copies it into its scripts, those in slurm/
 # read it; requeue.sh is its other half.
 trap : TERM USR1 USR2  # warnings are for the step: this shell has to outlive them
+if [ -n "${TEAMS_HPC_MODULES:-}" ]; then
+  # shellcheck source=/dev/null
+  command -v module >/dev/null || . /etc/profile
+  # shellcheck disable=SC2086  # several words on purpose
+  module load $TEAMS_HPC_MODULES
+fi
 # When Slurm will end this job, in Unix time: a stage that starts late reads it. Empty: never.
 TEAMS_HPC_DEADLINE=$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null) ||
   TEAMS_HPC_DEADLINE=

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The epilogue of every batch script, on the node and outside the container. `submit` copies it into
 # its scripts, those in slurm/ read it. It comes right after the step, whose exit code it takes.
 #
@@ -5,6 +6,9 @@
 # it carries this job and this start. With it the job goes back to the queue; without it the code
 # stands. A job that was cancelled is not brought back.
 code=$?
+if [ -n "${TEAMS_HPC_SCRATCH:-}" ]; then
+  srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 rm -rf -- "$TEAMS_HPC_SCRATCH/teams-hpc-$SLURM_JOB_ID"
+fi
 name=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 name=${name:-$SLURM_JOB_ID}
 marker=$TEAMS_HPC_RUN_DIR/slurm/stopped/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}

@@ -1,0 +1,1 @@
+../teams_hpc/cluster/shell/prologue.sh

@@ -1,0 +1,1 @@
+../teams_hpc/cluster/shell/task.sh
