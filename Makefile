@@ -9,7 +9,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUN = $(VENV)/bin/teams-hpc
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint types check benchmark clean
+.PHONY: help setup quickstart test test-slurm lint types check benchmark clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ quickstart: $(VENV)/.has-compute ## the whole pipeline, small, with real parts
 
 test: $(VENV)/.has-dev ## pass the tests
 	$(VENV)/bin/python -m pytest -q tests
+
+test-slurm: $(VENV)/.has-dev ## all tests on a real Slurm, the long ones too (Debian packages: README)
+	TEAMS_HPC_REQUIRE_SLURM=1 TEAMS_HPC_SLURM_ALL=1 $(VENV)/bin/python -m pytest -q tests/slurm
 
 lint: $(VENV)/.has-dev ## style and format
 	$(VENV)/bin/ruff check .
