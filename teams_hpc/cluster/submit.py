@@ -82,6 +82,8 @@ def sbatch_options(config: Config, spec: JobSpec) -> dict[str, Any]:
         "gpus-per-node": spec.gpus_per_node or None,
         **slurm.options,
     }
+    if options.get("no-requeue"):
+        del options["requeue"]
     return {name: value for name, value in options.items() if value not in (None, False)}
 
 

@@ -9,16 +9,14 @@ code=$?
 if [ -n "${TEAMS_HPC_SCRATCH:-}" ]; then
   srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 rm -rf -- "$TEAMS_HPC_SCRATCH/teams-hpc-$SLURM_JOB_ID"
 fi
-name=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-name=${name:-$SLURM_JOB_ID}
 marker=$TEAMS_HPC_RUN_DIR/slurm/stopped/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+state=$(squeue --noheader --jobs="$TEAMS_HPC_JOB" --format=%T)
 if [ -e "$marker" ] && [ ! -e "$TEAMS_HPC_RUN_DIR/slurm/cancelled" ] && [ "$state" = RUNNING ]; then
-  if scontrol requeue "$name"; then
-    echo "job $name stopped on request and goes back to the queue"
+  if scontrol requeue "$TEAMS_HPC_JOB"; then
+    echo "job $TEAMS_HPC_JOB stopped on request and goes back to the queue"
     sleep 600  # Slurm ends this script; it must not seem to have finished
-  elif "$TEAMS_HPC_PYTHON" -m teams_hpc resubmit "$TEAMS_HPC_RUN_DIR" "$name"; then
-    echo "job $name may not be requeued; another one goes on with its work"
+  elif "$TEAMS_HPC_PYTHON" -m teams_hpc resubmit "$TEAMS_HPC_RUN_DIR" "$TEAMS_HPC_JOB"; then
+    echo "job $TEAMS_HPC_JOB may not be requeued; another one goes on with its work"
     exit 0
   fi
 fi
