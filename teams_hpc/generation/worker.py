@@ -65,7 +65,8 @@ def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> Non
     if read_manifest(run_dir, "generate") is not None:
         return
     needs_mpi = config.site.slurm.mpi not in (None, "none") and "SLURM_STEP_ID" in os.environ
-    with joined_step(read_ranks(), needs_mpi=needs_mpi) as step, naming_disk_faults(run_dir.generate):
+    joined = joined_step(read_ranks(), needs_mpi=needs_mpi)
+    with joined as step, naming_disk_faults(run_dir.generate):
         stop.others = step.is_asked_to_stop
         plan = settle_plan(run_dir, config)
         worker = _Worker(run_dir, config, plan, step, stop)

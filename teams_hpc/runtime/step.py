@@ -185,6 +185,7 @@ def joined_step(ranks: Ranks, *, needs_mpi: bool) -> Iterator[Step]:
             "let `teams-hpc doctor` try it (in a container: never --cleanenv or --containall)"
         )
     step = MpiStep(mpi)
+    _log.info("MPI joined %d processes", step.size)
     try:
         yield step
     except StopRequested:
