@@ -159,3 +159,25 @@ def test_one_failing_rank_ends_the_step_and_says_why(tmp_path: Path) -> None:
     assert all("stopped at the budget" in text for text in texts)
     calls = run_ranks(2, "-m", "teams_hpc", "status", str(run_dir.root), "--json")
     assert calls.returncode == 0
+
+
+def test_a_real_model_in_fixed_batches_gives_the_same_rows(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = {"kind": "transformers", "model": str(tiny_llama), "dtype": "float32", "threads": 1}
+    engine = {**model, "batching": "fixed", "batch_size": 4, "max_tokens": 150, "temperature": 1.0}
+    changes = {
+        "seeds": {"limit": 6},
+        "generate": {"unit_size": 3, "num_steps": 2, "equal_threshold": 0.0},
+        "expert": engine,
+        "reviewer": {**engine, "batch_size": 3},
+    }
+    found = []
+    for size in (1, 2):
+        run_dir = make_run(tmp_path / f"ranks{size}", **changes)
+        words = ("-m", "teams_hpc", "stage", "generate", str(run_dir.root))
+        done = run_ranks(size, *words, timeout=250)
+        assert done.returncode == 0, done.stderr
+        assert manifest(run_dir)["exactness"] == "exact"
+        found.append(manifest(run_dir)["units"])
+    assert found[0] == found[1]
