@@ -9,7 +9,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUN = $(VENV)/bin/teams-hpc
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slurm lint types check benchmark clean
+.PHONY: help setup quickstart test test-slurm test-chaos lint types check benchmark clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ test: $(VENV)/.has-dev ## pass the tests
 
 test-slurm: $(VENV)/.has-dev ## all tests on a real Slurm, the long ones too (Debian packages: README)
 	TEAMS_HPC_REQUIRE_SLURM=1 TEAMS_HPC_SLURM_ALL=1 $(VENV)/bin/python -m pytest -q tests/slurm
+
+test-chaos: $(VENV)/.has-dev ## the soak: many kills in a row, under MPI and without
+	TEAMS_HPC_CHAOS=1 $(VENV)/bin/python -m pytest -q -m chaos tests
 
 lint: $(VENV)/.has-dev ## style and format
 	$(VENV)/bin/ruff check .

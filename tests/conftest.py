@@ -1,5 +1,6 @@
 """Small real models for tests: a random Llama with a tokenizer trained here."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,15 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the soak tests unless they are asked for."""
+    if "chaos" in config.option.markexpr or os.environ.get("TEAMS_HPC_CHAOS") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("chaos"):
+            item.add_marker(pytest.mark.skip(reason="a soak: make test-chaos runs it"))
 
 
 def make_llama(folder: Path, chat_template: str | None = None) -> Path:

@@ -1,9 +1,10 @@
 """The stage `generate`: workers share the units of the plan until all are published."""
 
 import logging
+import os
 import time
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from teams_hpc.config import Config
 from teams_hpc.errors import BudgetError, CorruptFileError, EngineError
@@ -12,6 +13,7 @@ from teams_hpc.generation.calls import CallDigests, Calls, ClaimLost, fixed_batc
 from teams_hpc.generation.evolve import Chain, Steering
 from teams_hpc.generation.outcome import Counts, describe_engine, publish_unit, write_outcome
 from teams_hpc.generation.plan import Plan, settle_plan
+from teams_hpc.generation.queue import Claim, Outlook, UnitQueue
 from teams_hpc.generation.shared_engine import EnginePort, share_engine
 from teams_hpc.generation.unit import UnitRunner
 from teams_hpc.generation.unit_log import UnitLog
@@ -29,6 +31,8 @@ from teams_hpc.rewriting.operation_policy import (
 from teams_hpc.rewriting.reviewer import Reviewer
 from teams_hpc.runtime.metrics import Progress
 from teams_hpc.runtime.preemption import StopFlag
+from teams_hpc.runtime.ranks import read_ranks
+from teams_hpc.runtime.step import Step, joined_step
 from teams_hpc.storage.atomic import naming_disk_faults, read_json, remove_leftovers
 from teams_hpc.storage.journal import journal_paths
 from teams_hpc.storage.lease import Lease
@@ -45,6 +49,8 @@ _ENGINE_IS_DOWN_ROWS = 16
 def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
     """Work on units until all are published, by whichever worker.
 
+    Processes that MPI has joined share the blocks their step claims; any others are steps of one.
+
     Args:
         run_dir: The run.
         config: Its configuration.
@@ -58,11 +64,15 @@ def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> Non
     """
     if read_manifest(run_dir, "generate") is not None:
         return
-    with naming_disk_faults(run_dir.generate):
+    needs_mpi = config.site.slurm.mpi not in (None, "none") and "SLURM_STEP_ID" in os.environ
+    joined = joined_step(read_ranks(), needs_mpi=needs_mpi)
+    with joined as step, naming_disk_faults(run_dir.generate):
+        stop.others = step.is_asked_to_stop
         plan = settle_plan(run_dir, config)
-        worker = _Worker(run_dir, config, plan, stop)
+        worker = _Worker(run_dir, config, plan, step, stop)
+        num_workers = config.site.num_workers * config.site.ranks_per_worker
         try:
-            worker.work(first=index * plan.num_units // config.site.num_workers % plan.num_units)
+            worker.work(first=index * plan.num_units // num_workers % plan.num_units)
         finally:
             worker.close()
         worker.finish()
@@ -136,9 +146,10 @@ class _Worker:
     run_dir: RunDir
     config: Config
     plan: Plan
+    step: Step
     stop: StopFlag
     _equipment: _Equipment | None = None
-    _leases: dict[int, Lease] = field(default_factory=dict)
+    _queue: UnitQueue | None = None
     _has_success: bool = False
     _shown: float = float("-inf")
     _budget: Budget = field(init=False)
@@ -156,22 +167,35 @@ class _Worker:
         """Take units, starting at `first`, until all are published."""
         for folder in (self.run_dir.journal, self.run_dir.shards):
             folder.mkdir(parents=True, exist_ok=True)
-        while open_units := self._open_units(first):
-            self._budget.room = None
-            self._budget.has_released = False
-            outcomes = {self._try(unit) for unit in open_units}
-            if "done" in outcomes or self._budget.has_released:
-                continue
-            if "busy" not in outcomes:
-                raise self._budget_error()
+        self._queue = UnitQueue(
+            step=self.step,
+            num_units=self.plan.num_units,
+            first=first,
+            leases=self.run_dir.leases,
+            lease_s=self.config.site.lease_s,
+            published=self._published,
+            is_published=lambda unit: self.run_dir.shard(unit).exists(),
+            fits=self._may_fit,
+        )
+        while (found := self._queue.take(self._check_stop)) is not Outlook.DONE:
             self._check_stop()
+            if isinstance(found, Claim):
+                self._run_claimed(found)
+                continue
+            if found is Outlook.TOO_DEAR and not self._budget.has_released:
+                raise self._budget_error()
+            # Who is still at work may give back what it reserved.
+            self._budget.room, self._budget.has_released = None, False
             time.sleep(_POLL_S)
 
-    def _open_units(self, first: int = 0) -> list[int]:
-        count = self.plan.num_units
+    def _may_fit(self, unit: int) -> bool:
+        """Whether a unit may fit into the budget, after what the last refusal said."""
+        room = self._budget.room
+        return room is None or not self._is_untouched(unit) or self._worst_case(unit) <= room
+
+    def _open_units(self) -> list[int]:
         published = self._published()
-        order = ((first + offset) % count for offset in range(count))
-        return [unit for unit in order if unit not in published]
+        return [unit for unit in range(self.plan.num_units) if unit not in published]
 
     def _published(self) -> set[int]:
         return {unit_number(path) for path in self.run_dir.shards.glob("unit-*.h5")}
@@ -181,26 +205,9 @@ class _Worker:
             done = len(self._published())
             self.stop.raise_if_set(f"{done} of {self.plan.num_units} units")
 
-    def _try(self, unit: int) -> Literal["done", "busy", "too dear"]:
-        """Run one unit if it is free and fits into the budget."""
-        self._check_stop()
-        if self.run_dir.shard(unit).exists():
-            return "done"
-        room = self._budget.room
-        if room is not None and self._is_untouched(unit) and self._worst_case(unit) > room:
-            return "too dear"
-        # A lease remembers since when a foreign holder is silent, so it is kept between tries.
-        site = self.config.site
-        path = self.run_dir.leases / f"unit-{unit:05d}"
-        with self._leases.setdefault(unit, Lease(path, site.lease_s)) as lease:
-            if not lease.acquire():
-                return "busy"
-            del self._leases[unit]
-            if self.run_dir.shard(unit).exists():
-                return "done"
-            return self._claimed(unit, lease)
-
-    def _claimed(self, unit: int, lease: Lease) -> Literal["done", "busy", "too dear"]:
+    def _run_claimed(self, claim: Claim) -> None:
+        """Run a unit to its published file, unless it doesn't fit into the budget."""
+        unit = claim.unit
         equipment = self._equip()
         engines = equipment.engines()
         log = UnitLog(
@@ -211,20 +218,19 @@ class _Worker:
         )
         needed = self._worst_case(unit) - log.num_durable_expert_calls
         if not self._budget.reserve(unit, needed):
-            return "too dear"
+            return
         try:
-            counts = self._run(log, lease, equipment)
+            counts = self._run(log, claim, equipment)
         except ClaimLost:
             _log.warning("unit %d was taken over by another process", unit)
-            return "busy"
+            return
         finally:
             log.close()
-            if lease.is_held():
+            if claim.is_held():
                 self._budget.give_back(unit)
         _log.info("unit %d: %d rows, %d kept", unit, counts["attempted"], counts["kept"])
         if time.monotonic() - self._shown > _SHOW_EVERY_S:
             self._show_progress(counts)
-        return "done"
 
     def _equip(self) -> _Equipment:
         if self._equipment is None:
@@ -240,9 +246,9 @@ class _Worker:
         num_chains = self.plan.num_rows_of(unit) // steps
         return num_chains * (2 * steps if self.config.generate.answer == "every" else steps + 1)
 
-    def _run(self, log: UnitLog, lease: Lease, equipment: _Equipment) -> Counts:
+    def _run(self, log: UnitLog, claim: Claim, equipment: _Equipment) -> Counts:
         def check_claim() -> None:
-            if not (log.is_there and lease.is_held()):
+            if not (log.is_there and claim.is_held()):
                 raise ClaimLost
 
         chains = [Chain(key, equipment.steering) for key in self.plan.chains_of(log.unit)]
@@ -285,6 +291,8 @@ class _Worker:
 
     def close(self) -> None:
         """Free what the engines hold."""
+        if self._queue is not None:
+            self._queue.close()
         if self._equipment is not None:
             self._equipment.close()
             self._equipment = None
@@ -308,13 +316,13 @@ class _Worker:
         """Remove what killed processes left behind; all units are published."""
         self._budget.clear()
         leases = self.run_dir.leases
-        for path in (*leases.glob("unit-*"), leases / "budget"):
+        for path in (*leases.glob("block-*"), leases / "budget"):
             lease = Lease(path, self.config.site.lease_s)
             if lease.acquire():  # its holder is gone
                 lease.release()
         for folder in (self.run_dir.generate, self.run_dir.shards):
             remove_leftovers(folder)
-        for name in ("unit-", "budget", "generate-finish"):
+        for name in ("block-", "budget", "generate-finish"):
             for path in leases.glob(f".*{name}*.tmp"):
                 path.unlink(missing_ok=True)
 

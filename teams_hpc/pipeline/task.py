@@ -17,10 +17,12 @@ from teams_hpc.runtime.logs import setup_logging
 from teams_hpc.runtime.preemption import (
     PARENT_VARIABLE,
     StopFlag,
+    die_with_launcher,
     die_with_parent,
     read_stop_time,
 )
 from teams_hpc.runtime.ranks import Ranks, read_ranks
+from teams_hpc.runtime.step import abort_step, is_launched_by_mpi
 from teams_hpc.storage.atomic import naming_disk_faults
 from teams_hpc.storage.run_dir import RunDir
 
@@ -49,6 +51,8 @@ def run_task(name: str, root: Path, index: int) -> None:
     stop = StopFlag(stop_time=read_stop_time())
     stop.install()
     die_with_parent()
+    if is_launched_by_mpi() and "SLURM_STEP_ID" not in os.environ:
+        die_with_launcher()
     run_dir, config = open_run(root)
     stage, ranks = find_stage(config, name), read_ranks()
     index = _own_index(stage, index, ranks)
@@ -71,6 +75,12 @@ def run_task(name: str, root: Path, index: int) -> None:
     except (TeamsError, OSError) as error:
         with suppress(OSError):  # a full disk takes no last words
             error_path(run_dir, task).write_text(f"{error}\n", encoding="utf-8")
+        _log.error("%s", error)
+        abort_step(getattr(error, "exit_code", 1))
+        raise
+    except Exception:
+        _log.exception("an unexpected error")
+        abort_step(1)
         raise
 
 

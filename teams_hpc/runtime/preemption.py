@@ -8,7 +8,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
 
@@ -19,6 +19,7 @@ PARENT_VARIABLE = "TEAMS_HPC_PARENT_PID"
 DEADLINE_VARIABLE = "TEAMS_HPC_DEADLINE"
 WARNING_VARIABLE = "TEAMS_HPC_WARNING_S"
 _PR_SET_PDEATHSIG = 1
+_ASK_EVERY_S = 0.3
 
 
 def hold_stop_signals() -> None:
@@ -38,10 +39,13 @@ class StopFlag:
 
     Args:
         stop_time: Unix time from which on the flag is set; None: never by itself.
+        others: Asked now and then: whether a process that works with this one stops.
     """
 
     reason: str | None = None
     stop_time: float | None = None
+    others: Callable[[], bool] | None = None
+    _asked: float = float("-inf")
 
     def install(self) -> None:
         """Let the stop signals set this flag, those too that were kept waiting (main thread)."""
@@ -56,6 +60,11 @@ class StopFlag:
     def is_set(self) -> bool:
         if self.reason is None and self.stop_time is not None and time.time() >= self.stop_time:
             self.reason = "the time limit"
+        now = time.monotonic()
+        if self.reason is None and self.others is not None and now - self._asked > _ASK_EVERY_S:
+            self._asked = now
+            if self.others():
+                self.reason = "the wish of another process"
         return self.reason is not None
 
     def raise_if_set(self, progress: str) -> None:
@@ -76,6 +85,20 @@ def die_with_parent() -> None:
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None:
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _end_with_parent()
     if os.getppid() != int(parent):
         os._exit(1)
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this process when the MPI launcher on its node dies.
+
+    Launchers give each rank a process group of its own, so nothing else would.
+    """
+    _end_with_parent()
+    if os.getppid() == 1:
+        os._exit(1)
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -8,8 +8,11 @@ from teams_hpc.errors import UsageError
 
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 )
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +34,7 @@ class Ranks:
 
 
 def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Ranks as torchrun or a Slurm step set them; a single process otherwise.
+    """Ranks as torchrun, mpirun or a Slurm step set them; a single process otherwise.
 
     Nodes of a Slurm step are taken to have equally many processes, as our jobs ask for.
     """
@@ -39,8 +42,11 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
         if all(name in environment for name in names):
             rank, world_size, local_rank = (int(environment[name]) for name in names)
             num_nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
-            local = int(environment.get("LOCAL_WORLD_SIZE", max(1, world_size // num_nodes)))
+            known = (int(environment[name]) for name in _LOCAL_SIZES if name in environment)
             return Ranks(
-                rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local
+                rank=rank,
+                world_size=world_size,
+                local_rank=local_rank,
+                local_world_size=next(known, max(1, world_size // num_nodes)),
             )
     return Ranks()

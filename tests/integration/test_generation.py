@@ -232,7 +232,7 @@ def test_a_stop_is_taken_at_a_safe_point_and_costs_nothing(
     [(code, output)] = outcomes([worker])
     assert code == 144, output
     assert "stopped on SIGTERM after part of unit" in output
-    assert list(run_dir.leases.glob("unit-*")) == []
+    assert list(run_dir.leases.glob("block-*")) == []
     assert generation_usage(run_dir).total("expert").in_doubt == 0
     assert run(run_dir) == quiet[1]
 

@@ -1,0 +1,175 @@
+"""Which unit comes next: steps claim blocks of units, processes of a step share a block.
+
+Processes draw numbers, and number n is the n-th place of the blocks that their step has claimed so
+far, one after another. Who draws the first place of a block claims it, by a lease, and notes which
+it is; the others read the note. A block is let go when nobody of the step works in it any more.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+
+from teams_hpc.runtime.step import Step
+from teams_hpc.storage.lease import Holder, Lease, read_holder
+
+_POLL_S = 0.05
+_CHOOSING = -1
+_TURN_SHIFT = 32
+_BLOCKS_OF_A_RUN = 64
+_LARGEST_BLOCK = 16
+
+
+class Outlook(IntEnum):
+    """Why there is no unit now."""
+
+    DONE = 1
+    BUSY = 2
+    TOO_DEAR = 3
+
+
+_FIRST_BLOCK = len(Outlook) + 1
+
+
+def block_size(num_units: int) -> int:
+    """Units of a block: the same for everybody, small enough for many steps to share a run."""
+    return max(1, min(_LARGEST_BLOCK, num_units // _BLOCKS_OF_A_RUN))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """The right to work on a unit, as long as its block's lease has not changed hands."""
+
+    unit: int
+    path: Path
+    holder: Holder
+
+    def is_held(self) -> bool:
+        found = read_holder(self.path)
+        return found is not None and found[0] == self.holder
+
+
+@dataclass(slots=True, kw_only=True)
+class UnitQueue:
+    """Hands out units that are not published yet.
+
+    Args:
+        step: The processes that share blocks.
+        num_units: Units of the plan.
+        first: Unit to start looking at: steps that start apart meet late.
+        leases: Folder of the leases.
+        lease_s: See `Lease`.
+        published: Units that have their file.
+        is_published: Whether one has.
+        fits: Whether a unit may fit into the budget, as far as is known.
+    """
+
+    step: Step
+    num_units: int
+    first: int
+    leases: Path
+    lease_s: float
+    published: Callable[[], set[int]]
+    is_published: Callable[[int], bool]
+    fits: Callable[[int], bool]
+    _free: dict[int, Lease] = field(default_factory=dict)
+    _held: dict[int, Lease] = field(default_factory=dict)
+
+    @property
+    def _size(self) -> int:
+        return block_size(self.num_units)
+
+    def take(self, check_stop: Callable[[], None]) -> Claim | Outlook:
+        """The next unit of this step, or why there is none at the moment.
+
+        Args:
+            check_stop: Called while waiting for another process of this step.
+        """
+        while True:
+            self.step.show(_CHOOSING)
+            turn, place = divmod(self.step.take_number(), self._size)
+            if place == 0:
+                self._note(turn, self._claim_block())
+            found = self._read_note(turn, check_stop)
+            if isinstance(found, Outlook):
+                self.step.show(0)
+                return found
+            self.step.show(found + 1)
+            claim = self._claim_of(found, place)
+            if claim is not None:
+                return claim
+
+    def _note(self, turn: int, found: int | Outlook) -> None:
+        """Say which block the turn is about, or why none; an old note is told by its turn."""
+        code = int(found) if isinstance(found, Outlook) else found + _FIRST_BLOCK
+        self.step.write_note(turn, (turn + 1) << _TURN_SHIFT | code)
+
+    def _read_note(self, turn: int, check_stop: Callable[[], None]) -> int | Outlook:
+        while (note := self.step.read_note(turn)) >> _TURN_SHIFT < turn + 1:
+            check_stop()
+            time.sleep(_POLL_S)
+        code = note & ((1 << _TURN_SHIFT) - 1)
+        if note >> _TURN_SHIFT > turn + 1:  # slept so long that others have come round
+            return Outlook.BUSY
+        return Outlook(code) if code < _FIRST_BLOCK else code - _FIRST_BLOCK
+
+    def _claim_of(self, block: int, place: int) -> Claim | None:
+        unit = block * self._size + place
+        path = self._path(block)
+        found = read_holder(path)
+        if unit >= self.num_units or found is None or self.is_published(unit):
+            return None
+        return Claim(unit=unit, path=path, holder=found[0])
+
+    def _path(self, block: int) -> Path:
+        return self.leases / f"block-{block:05d}"
+
+    def _units_of(self, block: int) -> range:
+        first = block * self._size
+        return range(first, min(first + self._size, self.num_units))
+
+    def _blocks(self) -> Iterator[int]:
+        count = -(-self.num_units // self._size)
+        start = self.first // self._size
+        return ((start + offset) % count for offset in range(count))
+
+    def _claim_block(self) -> int | Outlook:
+        """Claim a block that has work left, if there is one."""
+        self._let_go()
+        published = self.published()
+        outlook = Outlook.DONE
+        for block in self._blocks():
+            left = [unit for unit in self._units_of(block) if unit not in published]
+            if not left:
+                continue
+            if block in self._held:
+                outlook = Outlook.BUSY  # others of this step are still at it
+            elif not any(self.fits(unit) for unit in left):
+                outlook = Outlook.BUSY if outlook is Outlook.BUSY else Outlook.TOO_DEAR
+            # A lease remembers since when a foreign holder is silent, so it is kept between tries.
+            elif self._free.setdefault(block, Lease(self._path(block), self.lease_s)).acquire():
+                self._held[block] = self._free.pop(block)
+                return block
+            else:
+                outlook = Outlook.BUSY
+        return outlook
+
+    def _let_go(self) -> None:
+        """Give back the blocks in which nobody of this step works any more.
+
+        Their places have all been drawn, since this process has just drawn a later one.
+        """
+        others = self.step.shown()
+        del others[self.step.rank]
+        if _CHOOSING in others:  # may be about to begin in any of them
+            return
+        for block in list(self._held):
+            if block + 1 not in others:
+                self._held.pop(block).release()
+
+    def close(self) -> None:
+        """Give all claims back; nobody of this step works on them any more."""
+        for lease in self._held.values():
+            lease.release()
+        self._held.clear()
