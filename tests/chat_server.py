@@ -22,6 +22,7 @@ class ChatServer:
     delay_s: float = 0.0
     retry_after: str = "0"
     complaint: str = ""
+    say: Callable[[str], str] = lambda prompt: f"echo: {prompt}"
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
@@ -45,14 +46,11 @@ class ChatServer:
             self._now -= 1
 
 
-def reply_to(body: dict[str, Any]) -> dict[str, Any]:
-    prompt = body["messages"][-1]["content"]
+def reply_to(body: dict[str, Any], say: Callable[[str], str]) -> dict[str, Any]:
+    content = say(body["messages"][-1]["content"])
     return {
         "choices": [
-            {
-                "message": {"role": "assistant", "content": f"echo: {prompt}"},
-                "finish_reason": "stop",
-            }
+            {"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
         ],
         "usage": {"prompt_tokens": 7, "completion_tokens": 3},
     }
@@ -79,14 +77,14 @@ def make_handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 self.connection.close()
                 return
-            content = json.dumps(reply_to(body)).encode()
+            content = json.dumps(reply_to(body, server.say)).encode()
             status = int(what) if what.isdigit() else 200
             if what == "torn":
                 content = content[:20]
             if what == "wrong":
                 content = b'{"choices": []}'
             if what == "unmeasured":
-                whole = reply_to(body) | {"usage": {"prompt_tokens": None}}
+                whole = reply_to(body, server.say) | {"usage": {"prompt_tokens": None}}
                 content = json.dumps(whole).encode()
             if status == 400:
                 content = server.complaint.encode()

@@ -1,0 +1,81 @@
+"""A job of higher priority takes a node: what Slurm, accounting and the run say of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chat_server import ChatServer
+
+from slurm.cluster import SlurmCluster
+from slurm.disturbances import (
+    accounting,
+    expert_words,
+    finish_stage,
+    slow_expert,
+    stops,
+    submit_until_midst,
+    take_node,
+    verify_rows,
+    wait_until,
+)
+from slurm.runs import TINY, output, quiet_rows, records, rows, starts, submit, write_config
+
+ALONE = "site.slurm.stages.generate.cpus_per_task=8"  # one array task a node
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    with slow_expert() as running:
+        yield running
+
+
+@pytest.mark.slurm_long
+@pytest.mark.parametrize("index", [0, 1])  # the last one has the number of the whole array
+def test_one_task_of_two_is_preempted_and_the_other_is_not_touched(
+    cluster: SlurmCluster, server: ChatServer, tmp_path: Path, index: int
+) -> None:
+    root = submit_until_midst(cluster, server, tmp_path, ALONE)
+    [array] = records(root, "generate")
+    task, other = array.task_ids[index], array.task_ids[1 - index]
+    [before], [untouched] = cluster.find(task), cluster.find(other)
+    assert before["JobState"] == "RUNNING"
+    assert before["NodeList"] != untouched["NodeList"]
+    take_node(cluster, before["NodeList"], tmp_path)
+    server.delay_s = 0.0
+    finish_stage(cluster, root, "dataset")
+    cluster.cancel_all()
+
+    job, other_job = before["JobId"], untouched["JobId"]
+    assert stops(root) == [f"{job}-0"], output(root)
+    assert starts(root, f"generate-{index:03d}") == [(job, 0), (job, 1)]
+    assert starts(root, f"generate-{1 - index:03d}") == [(other_job, 0)]
+    assert accounting(cluster, task) == ["REQUEUED", "COMPLETED"]
+    assert accounting(cluster, other) == ["COMPLETED"]
+    assert len(records(root, "generate")) == 1
+    quiet = quiet_rows(tmp_path / "config.yaml", tmp_path / "quiet", *expert_words(server))
+    assert rows(root) == quiet
+    verify_rows(cluster, root)
+
+
+@pytest.mark.slurm_long
+def test_a_job_preempted_in_its_first_moment_comes_back_once(
+    cluster: SlurmCluster, server: ChatServer, tmp_path: Path
+) -> None:
+    """The warning may find no step, or one that still imports."""
+    server.delay_s = 1.0  # it can't end within the grace time
+    root = tmp_path / "run"
+    words = (*expert_words(server), "site.num_workers=1")
+    submit(cluster, write_config(tmp_path, TINY), *words)
+    [job] = records(root, "generate")
+    [found] = cluster.wait_for(job.job_id, "RUNNING", timeout=30)
+    take_node(cluster, found["NodeList"], tmp_path)
+    server.delay_s = 0.0
+    finish_stage(cluster, root, "dataset")
+    cluster.cancel_all()
+    [found] = cluster.find(job.job_id)
+    assert found["Restarts"] == "1", output(root)
+    assert accounting(cluster, job.job_id)[1:] == ["COMPLETED"]
+    assert starts(root, "generate-000")[-1] == (job.job_id, 1)
+    wait_until(lambda: not cluster.active(), "an empty queue")
+    quiet = quiet_rows(tmp_path / "config.yaml", tmp_path / "quiet", *expert_words(server))
+    assert rows(root) == quiet
