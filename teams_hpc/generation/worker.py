@@ -294,15 +294,14 @@ class _Worker:
             while not lease.acquire():
                 self._check_stop()
                 time.sleep(_POLL_S)
-            if read_manifest(self.run_dir, "generate") is not None:
-                return
-            self._clear()
-            counts = write_outcome(self.run_dir, self.plan, self._digest)
-            self._show_progress(counts)
-            # Only now: the manifest has counted what late ones among them cost.
-            for path in journal_paths(self.run_dir.journal):
-                path.unlink(missing_ok=True)
-            clear_lines(self.run_dir)
+            if read_manifest(self.run_dir, "generate") is None:
+                self._clear()
+                counts = write_outcome(self.run_dir, self.plan, self._digest)
+                self._show_progress(counts)
+                # Only now: the manifest has counted what late ones among them cost.
+                for path in journal_paths(self.run_dir.journal):
+                    path.unlink(missing_ok=True)
+            clear_lines(self.run_dir)  # a worker may come here after its unit was counted
 
     def _clear(self) -> None:
         """Remove what killed processes left behind; all units are published."""
