@@ -1,8 +1,11 @@
 """The stage `dataset`: from generated rows to a training set that is ready to train on.
 
-Four passes: read the shards and settle every row's fate; write the rows that stay to
-`dataset.h5`; tokenise them; pack them into `packed.h5`. A pass is made again from the start if it
-was interrupted, because together they take minutes; the manifest comes last.
+Five passes: read the shards; compare rows and settle every one's fate; write the rows that stay
+to `dataset.h5`; tokenise them; pack them into `packed.h5`. A pass is made again from the start if
+it was interrupted, because together they take minutes; the manifest comes last.
+
+Memory is bounded: texts and tokens pass through in blocks, and what is compared or packed later
+waits in scratch files in the stage's folder. What grows with the rows is some 400 bytes for each.
 """
 
 import logging
@@ -32,7 +35,7 @@ from teams_hpc.storage.run_dir import RunDir, read_manifest, write_manifest
 from teams_hpc.storage.shards import ROW_COLUMNS, Column, Rows, Table, TableWriter
 
 DATASET_COLUMNS = (*ROW_COLUMNS, Column("use", "uint8"))
-_NUM_PASSES = 4
+_NUM_PASSES = 5
 _ROWS_AT_A_TIME = 1024
 _log = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ def build_dataset(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -
     remove_leftovers(run_dir.dataset)
     watch = _Watch(Progress(run_dir.progress("dataset"), unit="passes"), stop)
     shards = Shards.of(run_dir)
-    fates = _settle_fates(shards, config, watch)
+    fates = _settle_fates(run_dir, shards, config, watch)
     counts = count_fates(fates)
     _refuse_empty(counts)
     data_digest = _write_dataset(run_dir, shards, fates, counts, watch)
@@ -93,16 +96,16 @@ class _Watch:
         self._progress.update(_NUM_PASSES, _NUM_PASSES, message)
 
 
-def _settle_fates(shards: Shards, config: Config, watch: _Watch) -> list[Fate]:
+def _settle_fates(run_dir: RunDir, shards: Shards, config: Config, watch: _Watch) -> list[Fate]:
     settings = config.dataset
     benchmarks = Benchmarks.read(settings.decontaminate, settings.decontamination_ngram)
-    sorter = FateSorter(settings, benchmarks)
-    done = 0
+    sorter = FateSorter(settings, benchmarks, run_dir.dataset)
+    done, total = 0, shards.num_rows
     for rows in shards.verified():
         sorter.add(rows)
         done += len(rows["record_id"])
-        watch.check(0, done, shards.num_rows, "reading")
-    return sorter.finish()
+        watch.check(0, done, total, "reading")
+    return sorter.finish(lambda share: watch.check(1, int(share * total), total, "comparing"))
 
 
 def _refuse_empty(counts: dict[str, int]) -> None:
@@ -143,7 +146,7 @@ def _rows_that_stay(shards: Shards, fates: Sequence[Fate], watch: _Watch) -> Ite
         kept["use"] = [GROUPS.index(own[position]) for position in stay]
         yield kept
         done += len(own)
-        watch.check(1, done, len(fates), "writing")
+        watch.check(2, done, len(fates), "writing")
 
 
 def _training_rows(dataset: Path) -> Iterator[Row]:
@@ -167,7 +170,8 @@ def _pack(
         run_dir.dataset_rows,
         prompt_format,
         row_length,
-        lambda done, total: watch.check(2, done, total, "tokenising"),
+        run_dir.dataset,
+        lambda done, total: watch.check(3, done, total, "tokenising"),
     )
     _refuse_unpackable(collectors[Fate.TRAIN], row_length)
     attrs = {

@@ -6,18 +6,27 @@ keeps one row: the held-out row with the smallest record id if it has any, else 
 with the smallest. What is kept doesn't depend on the order of the rows.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
 
 from teams_hpc.config.schema import DatasetConfig
 from teams_hpc.dataset.balance import Fate
 from teams_hpc.dataset.decontamination import Benchmarks
-from teams_hpc.rewriting.near_duplicates import cluster
+from teams_hpc.rewriting.near_duplicates import shingles
+from teams_hpc.rewriting.similar_sets import SimilarSets
 from teams_hpc.rewriting.splits import SPLITS
 from teams_hpc.storage.shards import Finish, Rows, Status
 
 _HELD_OUT_SPLIT = SPLITS.index("sft_held_out")
+_PROMPT_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +48,22 @@ class Candidate:
 class FateSorter:
     """Decides every row's fate: `add` all rows in order, then `finish`.
 
-    Memory: the texts of all candidates' instructions and inputs, and what clustering needs for
-    them (some 2 KB each): about 0.5 GB for 200,000 rows.
+    Memory: about 200 bytes a candidate; their texts stay out of it.
+
+    Args:
+        config: The thresholds and switches.
+        benchmarks: What must not be in the data set.
+        scratch: Folder for scratch files; None: the one for temporary files.
     """
 
     config: DatasetConfig
     benchmarks: Benchmarks
+    scratch: Path | None = None
     _fates: list[Fate | None] = field(default_factory=list)
-    _candidates: list[Candidate] = field(default_factory=list)
+    _duplicates: "DuplicateSorter" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._duplicates = DuplicateSorter(self.config.near_duplicate_threshold, self.scratch)
 
     def add(self, rows: Rows) -> None:
         """Take the next rows, with at least `sources.FATE_COLUMNS`."""
@@ -54,7 +71,7 @@ class FateSorter:
             fate = self._own_fate(rows, index)
             self._fates.append(fate)
             if fate is None:
-                self._candidates.append(
+                self._duplicates.add(
                     Candidate(
                         rows["record_id"][index],
                         f"{rows['instruction'][index]}\0{rows['input'][index]}",
@@ -74,45 +91,82 @@ class FateSorter:
         texts = rows["instruction"][index], rows["input"][index], response
         return Fate.CONTAMINATED if self.benchmarks.contaminates(*texts) else None
 
-    def finish(self) -> list[Fate]:
-        """The fate of every row added, in order."""
-        settled = iter(settle_duplicates(self._candidates, self.config.near_duplicate_threshold))
+    def finish(self, on_part: Callable[[float], None] = lambda share: None) -> list[Fate]:
+        """The fate of every row added, in order.
+
+        Args:
+            on_part: Told now and then which share of the comparisons is done.
+        """
+        settled = iter(self._duplicates.settle(on_part))
         return [next(settled) if fate is None else fate for fate in self._fates]
 
 
-def settle_duplicates(candidates: Sequence[Candidate], threshold: float) -> list[Fate]:
-    """Keep one row of each cluster of near-duplicates.
+class DuplicateSorter:
+    """Keeps one row of each cluster of near-duplicates.
 
     A training row beside a held-out one is `near_held_out`, also if they are equal. Of the others
     that go, those that equal a row with a smaller record id are exact duplicates.
     """
-    clusters: dict[int, list[int]] = defaultdict(list)
-    groups = cluster([candidate.prompt for candidate in candidates], threshold)
-    for index, representative in enumerate(groups):
-        clusters[representative].append(index)
-    fates: dict[int, Fate] = {}
-    for members in clusters.values():
-        held_out = [index for index in members if candidates[index].is_held_out]
-        training = [index for index in members if not candidates[index].is_held_out]
-        if held_out:
-            fates |= _keep_smallest(candidates, held_out, Fate.HELD_OUT)
-            fates |= dict.fromkeys(training, Fate.NEAR_HELD_OUT)
-        else:
-            fates |= _keep_smallest(candidates, training, Fate.TRAIN)
-    return [fates[index] for index in range(len(candidates))]
+
+    def __init__(self, threshold: float, scratch: Path | None = None) -> None:
+        self._sets = SimilarSets(threshold, scratch)
+        self._ids = bytearray()
+        self._id_ends = array("q", [0])
+        self._prompts = bytearray()
+        self._held_out = bytearray()
+
+    def add(self, candidate: Candidate) -> None:
+        """Take the next row."""
+        self._sets.add(shingles(candidate.prompt))
+        self._ids += candidate.record_id.encode()
+        self._id_ends.append(len(self._ids))
+        prompt = candidate.prompt.encode("utf-8", "surrogatepass")
+        self._prompts += hashlib.blake2b(prompt, digest_size=_PROMPT_BYTES).digest()
+        self._held_out.append(candidate.is_held_out)
+
+    def settle(self, on_part: Callable[[float], None] = lambda share: None) -> list[Fate]:
+        """The fate of each row, in order; call it once."""
+        roots = self._sets.groups(lambda done, total: on_part(done / total))
+        self._sets.close()
+        fates = [Fate.HELD_OUT if is_held else Fate.TRAIN for is_held in self._held_out]
+        for members in _clusters(roots):
+            held_out = [index for index in members if self._held_out[index]]
+            for index in members:
+                fates[index] = Fate.NEAR_HELD_OUT
+            self._keep_smallest(fates, held_out or members)
+        return fates
+
+    def _keep_smallest(self, fates: list[Fate], members: Iterable[int]) -> None:
+        ordered = sorted(members, key=lambda index: (self._id(index), index))
+        seen: set[bytes] = set()
+        for index in ordered:
+            prompt = bytes(self._prompts[index * _PROMPT_BYTES : (index + 1) * _PROMPT_BYTES])
+            fates[index] = Fate.EXACT_DUPLICATE if prompt in seen else Fate.NEAR_DUPLICATE
+            seen.add(prompt)
+        first = ordered[0]
+        fates[first] = Fate.HELD_OUT if self._held_out[first] else Fate.TRAIN
+
+    def _id(self, index: int) -> bytes:
+        return bytes(self._ids[self._id_ends[index] : self._id_ends[index + 1]])
 
 
-def _keep_smallest(
-    candidates: Sequence[Candidate], members: Iterable[int], kept: Fate
-) -> dict[int, Fate]:
-    ordered = sorted(members, key=lambda index: (candidates[index].record_id, index))
-    fates: dict[int, Fate] = {}
-    seen: set[str] = set()
-    for index in ordered:
-        prompt = candidates[index].prompt
-        fates[index] = Fate.EXACT_DUPLICATE if prompt in seen else Fate.NEAR_DUPLICATE
-        seen.add(prompt)
-    return {**fates, ordered[0]: kept}
+def _clusters(roots: npt.NDArray[np.int64]) -> Iterator[list[int]]:
+    """The indices of each cluster of more than one, ascending."""
+    order = np.argsort(roots, kind="stable")
+    ordered = roots[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)])
+    ends = np.append(starts[1:], len(ordered))
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        if end - start > 1:
+            yield cast("list[int]", order[start:end].tolist())
+
+
+def settle_duplicates(candidates: Sequence[Candidate], threshold: float) -> list[Fate]:
+    """The fate of each of some rows; see `DuplicateSorter`."""
+    sorter = DuplicateSorter(threshold)
+    for candidate in candidates:
+        sorter.add(candidate)
+    return sorter.settle()
 
 
 def count_fates(fates: Sequence[Fate]) -> dict[str, int]:

@@ -14,29 +14,70 @@ import h5py
 import numpy as np
 
 from teams_hpc.dataset.balance import GROUPS, Fate
-from teams_hpc.dataset.packing import COLUMNS, Sequences, best_fit_decreasing, fill_rows
+from teams_hpc.dataset.packing import (
+    COLUMNS,
+    Sequences,
+    Tokens,
+    best_fit_decreasing,
+    fill_rows,
+)
 from teams_hpc.dataset.templates import Example, PromptFormat, Row
 from teams_hpc.storage.atomic import naming_disk_faults, replacing
 from teams_hpc.storage.hdf5_file import OutputFile
+from teams_hpc.storage.scratch import ScratchFile
 from teams_hpc.storage.shards import Table
 
 _ROWS_AT_A_TIME = 256
+_TOKEN_BYTES = array("i").itemsize
+_PENDING_TOKENS = 1 << 20
+
+
+class TokenFile:
+    """Token ids in a scratch file: appended, then read in slices."""
+
+    def __init__(self, scratch: Path | None = None) -> None:
+        self._file = ScratchFile(scratch)
+        self._pending = array("i")
+
+    def __len__(self) -> int:
+        return len(self._file) // _TOKEN_BYTES + len(self._pending)
+
+    def __getitem__(self, part: slice, /) -> Tokens:
+        self._flush()
+        start, stop, _ = part.indices(len(self))
+        content = self._file.read(start * _TOKEN_BYTES, (stop - start) * _TOKEN_BYTES)
+        return np.frombuffer(content, np.int32)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append token ids."""
+        self._pending.extend(tokens)
+        if len(self._pending) >= _PENDING_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._file.append(self._pending.tobytes())
+            self._pending = array("i")
 
 
 @dataclass(slots=True)
 class SequenceCollector:
     """Gathers one group's examples, each cut to the length of a row.
 
-    Memory: 4 bytes a token, so 4 GB for a billion tokens.
+    Memory: 24 bytes an example; the tokens wait in a scratch file.
     """
 
     row_length: int
+    scratch: Path | None = None
     truncated_responses: int = 0
     prompt_too_long: int = 0
-    _tokens: "array[int]" = field(default_factory=lambda: array("i"))
-    _offsets: list[int] = field(default_factory=lambda: [0])
-    _prompt_lengths: list[int] = field(default_factory=list)
-    _ids: list[int] = field(default_factory=list)
+    _tokens: TokenFile = field(init=False)
+    _offsets: "array[int]" = field(default_factory=lambda: array("q", [0]))
+    _prompt_lengths: "array[int]" = field(default_factory=lambda: array("q"))
+    _ids: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def __post_init__(self) -> None:
+        self._tokens = TokenFile(self.scratch)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -60,7 +101,7 @@ class SequenceCollector:
     def sequences(self) -> Sequences:
         """All that was taken, in order."""
         return Sequences(
-            np.frombuffer(self._tokens, dtype=np.int32) if self._tokens else np.empty(0, np.int32),
+            self._tokens,
             np.array(self._offsets, np.int64),
             np.array(self._prompt_lengths, np.int64),
             np.array(self._ids, np.int64),
@@ -71,6 +112,7 @@ def tokenise(
     dataset: Path,
     prompt_format: PromptFormat,
     row_length: int,
+    scratch: Path | None = None,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[Fate, SequenceCollector]:
     """Tokenise `dataset.h5` in order.
@@ -79,12 +121,13 @@ def tokenise(
         dataset: The rows that stay.
         prompt_format: How rows become tokens.
         row_length: Most tokens of an example.
+        scratch: Folder where tokens wait; None: the one for temporary files.
         on_rows: Told how many rows are done, and of how many.
 
     Returns:
         The examples of each group.
     """
-    collectors = {group: SequenceCollector(row_length) for group in GROUPS}
+    collectors = {group: SequenceCollector(row_length, scratch) for group in GROUPS}
     with Table.open(dataset) as table:
         for start in range(0, table.num_rows, _ROWS_AT_A_TIME):
             rows, uses = read_examples(table, start, start + _ROWS_AT_A_TIME)

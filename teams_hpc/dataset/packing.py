@@ -6,6 +6,7 @@ many sequences it needs at most 11/9 of the fewest possible rows (Johnson et al.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,18 +55,26 @@ def best_fit_decreasing(lengths: Sequence[int], row_length: int) -> list[list[in
     return sorted(sorted(row) for row in rows)
 
 
+class TokenSource(Protocol):
+    """Token ids in one row: an array, or a file that is read in slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Tokens: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Sequences:
     """Tokenised examples, end to end.
 
     Attributes:
-        tokens: Token ids of all sequences, shape (total,).
+        tokens: Token ids of all sequences.
         offsets: Where each starts, and where the last ends, shape (n + 1,).
         prompt_lengths: Leading tokens of each that are the prompt: no loss on them, shape (n,).
         ids: What to call each: its row in `dataset.h5`, shape (n,).
     """
 
-    tokens: Tokens
+    tokens: TokenSource
     offsets: NDArray[np.int64]
     prompt_lengths: NDArray[np.int64]
     ids: NDArray[np.int64]
@@ -113,10 +122,9 @@ def fill_rows(
             first, last = sequences.offsets[index], sequences.offsets[index + 1]
             stop = start + int(last - first)
             response = int(sequences.prompt_lengths[index])
-            packed["input_ids"][row, start:stop] = sequences.tokens[first:last]
-            packed["labels"][row, start + response : stop] = sequences.tokens[
-                first + response : last
-            ]
+            tokens = sequences.tokens[int(first) : int(last)]
+            packed["input_ids"][row, start:stop] = tokens
+            packed["labels"][row, start + response : stop] = tokens[response:]
             packed["position_ids"][row, start:stop] = positions[: stop - start]
             packed["sequence_ids"][row, start:stop] = sequences.ids[index]
             start = stop

@@ -87,15 +87,17 @@ class AlpacaFormat:
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         prompts = [alpaca_prompt(row.instruction, row.input) for row in rows]
         wholes = [prompt + row.response for prompt, row in zip(prompts, rows, strict=True)]
-        responses = [row.response for row in rows]
         start, end = _leading_tokens(self.tokenizer), [int(self.tokenizer.eos_token_id)]
-        parts = [_tokenize(self.tokenizer, texts) for texts in (prompts, wholes, responses)]
+        first, joint = (_tokenize(self.tokenizer, texts) for texts in (prompts, wholes))
+        replies = [_continuation(*pair) for pair in zip(first, joint, strict=True)]
+        straddled = [row.response for row, ids in zip(rows, replies, strict=True) if ids is None]
+        alone = iter(_tokenize(self.tokenizer, straddled) if straddled else ())
         return [
             Example(
-                start + prompt + _continuation(prompt, whole, alone) + end,
+                start + prompt + (next(alone) if reply is None else reply) + end,
                 len(start) + len(prompt),
             )
-            for prompt, whole, alone in zip(*parts, strict=True)
+            for prompt, reply in zip(first, replies, strict=True)
         ]
 
 
@@ -117,7 +119,8 @@ class ChatFormat:
         reply, end = self._cut(reply)
         texts = [prompt, prompt + reply, reply]
         first, whole, alone = _tokenize(self.tokenizer, texts, parse_special=True)
-        return Example(first + _continuation(first, whole, alone) + end, len(first))
+        response = _continuation(first, whole)
+        return Example(first + (alone if response is None else response) + end, len(first))
 
     def _encode_in_pieces(self, row: Row) -> Example:
         """Tokenise template and texts apart, so that only the template's special tokens count."""
@@ -196,12 +199,13 @@ def _tokenize(
     return ids
 
 
-def _continuation(prompt: list[int], whole: list[int], alone: list[int]) -> list[int]:
+def _continuation(prompt: list[int], whole: list[int]) -> list[int] | None:
     """The response's tokens as they follow a prompt that was tokenised without it.
 
-    Taken from the joint tokenisation unless a token there straddles the boundary.
+    Taken from the joint tokenisation; None if a token there straddles the boundary: then the
+    response is tokenised alone.
     """
-    return whole[len(prompt) :] if whole[: len(prompt)] == prompt else alone
+    return whole[len(prompt) :] if whole[: len(prompt)] == prompt else None
 
 
 def _leading_tokens(tokenizer: Any) -> list[int]:

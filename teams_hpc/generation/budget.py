@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from teams_hpc.errors import WorkError
-from teams_hpc.generation.usage import UnitUsage, unit_number
+from teams_hpc.generation.published import unit_number
+from teams_hpc.generation.usage import UnitUsage
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.storage.atomic import read_json, remove_leftovers, write_json
 from teams_hpc.storage.lease import Lease

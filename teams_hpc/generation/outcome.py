@@ -8,6 +8,7 @@ from teams_hpc.config.digest import file_digest
 from teams_hpc.errors import CorruptFileError, WorkError
 from teams_hpc.generation.evolve import Row
 from teams_hpc.generation.plan import Plan
+from teams_hpc.generation.published import PublishedLines, PublishedUnits
 from teams_hpc.generation.unit_log import UnitLog
 from teams_hpc.generation.usage import generation_usage
 from teams_hpc.llm.base import Engine
@@ -82,7 +83,11 @@ def describe_engine(engine: Engine) -> dict[str, Any]:
 
 
 def publish_unit(
-    run_dir: RunDir, log: UnitLog, rows: Sequence[Row], engines: Mapping[str, Any]
+    run_dir: RunDir,
+    log: UnitLog,
+    rows: Sequence[Row],
+    engines: Mapping[str, Any],
+    lines: PublishedLines,
 ) -> Counts:
     """Give a finished unit its file, with counts and usage; then its journals go.
 
@@ -94,6 +99,7 @@ def publish_unit(
         log: The unit's journals, flushed.
         rows: In chain order, then by step.
         engines: `describe_engine` by role.
+        lines: Where the unit is noted for later scans.
 
     Returns:
         Counts of the rows.
@@ -118,6 +124,7 @@ def publish_unit(
         writer.close(attrs)
     log.close()
     with Table.open(path) as table:
+        lines.add(log.unit, table.attrs)
         for name in table.attrs["journals"]:
             (run_dir.journal / name).unlink(missing_ok=True)
     return counts
@@ -159,10 +166,9 @@ def write_outcome(run_dir: RunDir, plan: Plan, digest: str) -> Counts:
     length_rule: Counts = {}
     units: dict[str, str] = {}
     engines: dict[str, dict[str, Any]] = {}
-    for unit in range(plan.num_units):
+    published = PublishedUnits(run_dir)
+    for unit, attrs in published.attrs(range(plan.num_units)).items():
         path = run_dir.shard(unit)
-        with Table.open(path) as table:
-            attrs = table.attrs
         if attrs["digest"] != digest or attrs["num_rows"] != plan.num_rows_of(unit):
             raise CorruptFileError(
                 f"{path} is not unit {unit} of this plan; run again with --rerun-from generate"
@@ -182,7 +188,7 @@ def write_outcome(run_dir: RunDir, plan: Plan, digest: str) -> Counts:
         "exactness": "exact" if is_exact else "statistical",
         "engines": engines,
         "files": {run_dir.plan.name: file_digest(run_dir.plan)},
-        "usage": generation_usage(run_dir).to_json(),
+        "usage": generation_usage(run_dir, published).to_json(),
     }
     write_manifest(run_dir, "generate", content)
     return counts

@@ -104,7 +104,7 @@ def settle_plan(run_dir: RunDir, config: Config) -> Plan:
     seeds = read_seeds(config.seeds.path, config.seeds.limit).seeds
     counts = _counts(config, seeds)
     if not run_dir.plan.exists():
-        by_id = split_seeds(seeds, config.seeds, config.seed)
+        by_id = split_seeds(seeds, config.seeds, config.seed, run_dir.generate)
         splits = "".join(str(SPLITS.index(by_id[seed.id])) for seed in seeds)
         digest = hashlib.sha256(splits.encode()).hexdigest()
         content = {**counts, "splits_sha256": digest, "splits": splits}

@@ -13,11 +13,11 @@ from teams_hpc.generation.calls import CallDigests, Calls, ClaimLost, fixed_batc
 from teams_hpc.generation.evolve import Chain, Steering
 from teams_hpc.generation.outcome import Counts, describe_engine, publish_unit, write_outcome
 from teams_hpc.generation.plan import Plan, settle_plan
+from teams_hpc.generation.published import PublishedLines, clear_lines, published_units
 from teams_hpc.generation.queue import Claim, Outlook, UnitQueue
 from teams_hpc.generation.shared_engine import EnginePort, share_engine
 from teams_hpc.generation.unit import UnitRunner
 from teams_hpc.generation.unit_log import UnitLog
-from teams_hpc.generation.usage import unit_number
 from teams_hpc.llm.base import Engine
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.llm.load import load_engines
@@ -152,12 +152,14 @@ class _Worker:
     _queue: UnitQueue | None = None
     _has_success: bool = False
     _shown: float = float("-inf")
+    _lines: PublishedLines = field(init=False)
     _budget: Budget = field(init=False)
     _progress: Progress = field(init=False)
     _digest: str = field(init=False)
 
     def __post_init__(self) -> None:
         site = self.config.site
+        self._lines = PublishedLines(self.run_dir)
         self._budget = Budget(self.run_dir, self.config.budget.max_expert_calls, site.lease_s)
         # All workers count the rows of the whole stage, so one file speaks for all.
         self._progress = Progress(self.run_dir.progress("generate"), unit="rows")
@@ -173,7 +175,7 @@ class _Worker:
             first=first,
             leases=self.run_dir.leases,
             lease_s=self.config.site.lease_s,
-            published=self._published,
+            published=lambda: published_units(self.run_dir),
             is_published=lambda unit: self.run_dir.shard(unit).exists(),
             fits=self._may_fit,
         )
@@ -194,15 +196,12 @@ class _Worker:
         return room is None or not self._is_untouched(unit) or self._worst_case(unit) <= room
 
     def _open_units(self) -> list[int]:
-        published = self._published()
+        published = published_units(self.run_dir)
         return [unit for unit in range(self.plan.num_units) if unit not in published]
-
-    def _published(self) -> set[int]:
-        return {unit_number(path) for path in self.run_dir.shards.glob("unit-*.h5")}
 
     def _check_stop(self) -> None:
         if self.stop.is_set:
-            done = len(self._published())
+            done = len(published_units(self.run_dir))
             self.stop.raise_if_set(f"{done} of {self.plan.num_units} units")
 
     def _run_claimed(self, claim: Claim) -> None:
@@ -265,7 +264,7 @@ class _Worker:
         rows = [row for chain in chains for row in chain.rows]
         self._refuse_dead_engine(log.unit, rows)
         check_claim()
-        return publish_unit(self.run_dir, log, rows, equipment.engines())
+        return publish_unit(self.run_dir, log, rows, equipment.engines(), self._lines)
 
     def _refuse_dead_engine(self, unit: int, rows: list[dict[str, object]]) -> None:
         """Stop early, with nothing published, if the expert has never answered anything.
@@ -275,7 +274,7 @@ class _Worker:
         """
         replied = (Finish.STOP, Finish.LENGTH)
         self._has_success |= any(row["rewrite_finish"] in replied for row in rows)
-        if self._has_success or len(rows) < _ENGINE_IS_DOWN_ROWS or self._published():
+        if self._has_success or len(rows) < _ENGINE_IS_DOWN_ROWS or published_units(self.run_dir):
             return
         raise EngineError(
             f"the expert answered nothing in unit {unit}, the first ({len(rows)} rows): "
@@ -285,7 +284,7 @@ class _Worker:
     def _show_progress(self, counts: Counts) -> None:
         """Count the rows published by all workers; say how many of `counts` were kept."""
         self._shown = time.monotonic()
-        done = sum(self.plan.num_rows_of(unit) for unit in self._published())
+        done = sum(self.plan.num_rows_of(unit) for unit in published_units(self.run_dir))
         kept = f"kept {100 * counts['kept'] / max(1, counts['attempted']):.0f} %"
         self._progress.update(done, self.plan.num_rows, kept)
 
@@ -303,14 +302,14 @@ class _Worker:
             while not lease.acquire():
                 self._check_stop()
                 time.sleep(_POLL_S)
-            if read_manifest(self.run_dir, "generate") is not None:
-                return
-            self._clear()
-            counts = write_outcome(self.run_dir, self.plan, self._digest)
-            self._show_progress(counts)
-            # Only now: the manifest has counted what late ones among them cost.
-            for path in journal_paths(self.run_dir.journal):
-                path.unlink(missing_ok=True)
+            if read_manifest(self.run_dir, "generate") is None:
+                self._clear()
+                counts = write_outcome(self.run_dir, self.plan, self._digest)
+                self._show_progress(counts)
+                # Only now: the manifest has counted what late ones among them cost.
+                for path in journal_paths(self.run_dir.journal):
+                    path.unlink(missing_ok=True)
+            clear_lines(self.run_dir)  # a worker may come here after its unit was counted
 
     def _clear(self) -> None:
         """Remove what killed processes left behind; all units are published."""
@@ -327,7 +326,7 @@ class _Worker:
                 path.unlink(missing_ok=True)
 
     def _budget_error(self) -> BudgetError:
-        published = self._published()
+        published = published_units(self.run_dir)
         rows = sum(self.plan.num_rows_of(unit) for unit in published)
         spent = self._budget.spent()
         rest = [self._worst_case(unit) for unit in self._open_units()]

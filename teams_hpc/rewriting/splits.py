@@ -9,6 +9,7 @@ run seed and the cluster, so adding unrelated seeds moves no seed to another spl
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from teams_hpc.config.schema import SeedsConfig
 from teams_hpc.rewriting import identity
@@ -21,7 +22,9 @@ SPLITS = ("policy_train", "policy_select", "policy_report", "sft_held_out")
 _TELLING_INPUT_WORDS = 8
 
 
-def split_seeds(seeds: Sequence[Seed], config: SeedsConfig, run_seed: int) -> dict[str, str]:
+def split_seeds(
+    seeds: Sequence[Seed], config: SeedsConfig, run_seed: int, scratch: Path | None = None
+) -> dict[str, str]:
     """Put each seed into one of `SPLITS`, near-duplicates together.
 
     Shares hold on average over clusters, so a small set deviates. Only where hashing leaves a
@@ -32,24 +35,27 @@ def split_seeds(seeds: Sequence[Seed], config: SeedsConfig, run_seed: int) -> di
         seeds: Distinct seeds; their order doesn't matter.
         config: The shares, and the similarity that makes near-duplicates.
         run_seed: The run's seed.
+        scratch: Folder for scratch files; None: the one for temporary files.
 
     Returns:
         Split name by seed id.
     """
     shares = {split: float(getattr(config, f"{split}_share")) for split in SPLITS}
-    members = _clusters(seeds, config.near_duplicate_threshold)
+    members = _clusters(seeds, config.near_duplicate_threshold, scratch)
     chosen = {key: _draw(identity.keyed_uniform(run_seed, "split", key), shares) for key in members}
     _fill_empty_splits(chosen, shares)
     return {seed: chosen[key] for key, ids in members.items() for seed in ids}
 
 
-def _clusters(seeds: Sequence[Seed], threshold: float) -> dict[str, list[str]]:
+def _clusters(
+    seeds: Sequence[Seed], threshold: float, scratch: Path | None
+) -> dict[str, list[str]]:
     """Seed ids of each cluster, by the smallest id among them."""
-    by_instruction = cluster([seed.instruction for seed in seeds], threshold)
+    by_instruction = cluster([seed.instruction for seed in seeds], threshold, scratch)
     telling = [
         index for index, seed in enumerate(seeds) if len(words(seed.input)) >= _TELLING_INPUT_WORDS
     ]
-    by_input = cluster([seeds[index].input for index in telling], threshold)
+    by_input = cluster([seeds[index].input for index in telling], threshold, scratch)
     root = list(by_instruction)
     for index, other in zip(telling, (telling[first] for first in by_input), strict=True):
         low, high = sorted((_root(root, index), _root(root, other)))

@@ -116,7 +116,8 @@ class Lease:
         try:
             write_json(temporary, self._content(holder))
             os.link(temporary, self.path)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):
+            # Taken; or who ends the stage cleared away what looked like a dead process's leftover.
             return False
         finally:
             temporary.unlink(missing_ok=True)

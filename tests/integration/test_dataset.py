@@ -354,6 +354,20 @@ def test_killed_halfway_and_run_again_it_makes_the_same(built: RunDir, tmp_path:
     assert {path: path.stat().st_mtime_ns for path in run_dir.dataset.rglob("*")} == times
 
 
+def test_on_a_file_system_without_locks_it_makes_the_same(built: RunDir, tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", in_units(all_rows(), 9))
+    code = BUILD.format(
+        tests=str(Path(__file__).parent), root=str(run_dir.root), folder=str(tmp_path)
+    )
+    unlocked = {**os.environ, "OMP_NUM_THREADS": "1", "HDF5_USE_FILE_LOCKING": "FALSE"}
+    subprocess.run((sys.executable, "-c", code), env=unlocked, timeout=120, check=True)
+    assert contents(run_dir) == contents(built)
+    for path in (run_dir.shard(0), run_dir.dataset_rows, run_dir.packed_rows):
+        words = (sys.executable, "-m", "teams_hpc", "inspect", str(path))
+        shown = subprocess.run(words, env=unlocked, capture_output=True, text=True, check=True)
+        assert str(path) in shown.stdout
+
+
 def test_exports_hold_the_awkward_row(built: RunDir, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     counts = manifest_of(built)["counts"]

@@ -58,6 +58,22 @@ def test_a_lease_has_one_holder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_claim_cleared_away_while_it_is_written_is_not_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who ends a stage removes temporary files of dead workers, and may meet a living one's."""
+
+    def cleared(path: Path, value: object) -> None:
+        write_json(path, value)
+        path.unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("teams_hpc.storage.lease.write_json", cleared)
+        assert not Lease(tmp_path / "leases" / "claim").acquire()
+    with Lease(tmp_path / "leases" / "claim") as lease:
+        assert lease.acquire()
+
+
 def test_of_many_threads_one_gets_the_lease(tmp_path: Path) -> None:
     leases = [Lease(tmp_path / "run") for _ in range(8)]
     start = threading.Barrier(len(leases))
