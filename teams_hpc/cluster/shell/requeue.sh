@@ -10,7 +10,10 @@ if [ -n "${TEAMS_HPC_SCRATCH:-}" ]; then
   srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 rm -rf -- "$TEAMS_HPC_SCRATCH/teams-hpc-$SLURM_JOB_ID"
 fi
 marker=$TEAMS_HPC_RUN_DIR/slurm/stopped/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-state=$(squeue --noheader --jobs="$TEAMS_HPC_JOB" --format=%T)
+for pause in 0 5 15; do  # a busy controller may answer the second time
+  sleep "$pause"
+  state=$(squeue --noheader --jobs="$TEAMS_HPC_JOB" --format=%T) && break
+done
 if [ -e "$marker" ] && [ ! -e "$TEAMS_HPC_RUN_DIR/slurm/cancelled" ] && [ "$state" = RUNNING ]; then
   if scontrol requeue "$TEAMS_HPC_JOB"; then
     echo "job $TEAMS_HPC_JOB stopped on request and goes back to the queue"
