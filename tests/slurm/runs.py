@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,14 @@ def status(cluster: SlurmCluster, root: Path) -> dict[str, Any]:
     said = command(cluster, "status", str(root), "--json", folder=root.parent)
     assert said.code == 0, said.text
     found: dict[str, Any] = json.loads(said.text)
+    return found
+
+
+def final_status(cluster: SlurmCluster, root: Path) -> dict[str, Any]:
+    """`status` of a run whose jobs have ended: accounting learns of that some seconds later."""
+    deadline = time.monotonic() + 40
+    while (found := status(cluster, root))["is_active"]:
+        assert time.monotonic() < deadline, found
     return found
 
 

@@ -57,9 +57,9 @@ def test_a_whole_run_on_four_nodes(cluster: SlurmCluster, tmp_path: Path) -> Non
     assert [job["NumTasks"] for job in of["generate"]] == ["2", "2"]
     assert of["sft"][0]["NumNodes"] == "2"
     assert runs.rows(root) == expected
-    found = runs.status(cluster, root)
+    found = runs.final_status(cluster, root)
     assert [line["state"] for line in found["stages"]] == ["done"] * len(runs.STAGES)
-    assert not found["is_active"]
+    assert not found["is_running"]
     names = [f"policy-{i:03d}" for i in range(8)] + [f"generate-{i:03d}" for i in range(4)]
     for name in [*names, "select", "dataset", "sft", "sft-rank1", "evaluate", "report"]:
         assert (root / "logs" / f"{name}.log").exists(), name
