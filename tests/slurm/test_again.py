@@ -8,12 +8,12 @@ import pytest
 from slurm.cluster import SlurmCluster
 from slurm.runs import (
     command,
+    final_status,
     finish,
     output,
     quiet_rows,
     records,
     rows,
-    stage_states,
     starts,
     submit,
     verify,
@@ -57,7 +57,7 @@ def test_after_a_failed_member_only_what_is_missing_is_submitted(
     blocked.write_text("a file where a folder should be")
     submit(cluster, config)
     wait_for_end(cluster, root, 90)
-    states = stage_states(cluster, root)
+    states = {line["stage"]: line["state"] for line in final_status(cluster, root)["stages"]}
     assert states["policy"] == "failed"
     assert set(states.values()) == {"failed", "cancelled"}
     assert (root / "policy" / "member-000" / "result.json").exists()
