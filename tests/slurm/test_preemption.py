@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from chat_server import ChatServer
 
-from slurm.cluster import SlurmCluster
+from slurm.cluster import SlurmCluster, temporary_cluster
+from slurm.conftest import require_slurm
 from slurm.disturbances import (
     accounting,
     expert_words,
@@ -26,6 +27,20 @@ ALONE = "site.slurm.stages.generate.cpus_per_task=8"  # one array task a node
 @pytest.fixture
 def server() -> Iterator[ChatServer]:
     with slow_expert() as running:
+        yield running
+
+
+@pytest.fixture
+def silent() -> Iterator[SlurmCluster]:
+    """A cluster that doesn't send a job's own warning before preemption, as is Slurm's default."""
+    require_slurm()
+    with temporary_cluster(with_accounting=False) as running:
+        conf = Path(running.environment["SLURM_CONF"])
+        text = conf.read_text()
+        changed = text.replace("SlurmctldParameters=preempt_send_user_signal\n", "")
+        assert changed != text
+        conf.write_text(changed)
+        running.run("scontrol", "reconfigure")
         yield running
 
 
@@ -77,5 +92,44 @@ def test_a_job_preempted_in_its_first_moment_comes_back_once(
     assert accounting(cluster, job.job_id)[1:] == ["COMPLETED"]
     assert starts(root, "generate-000")[-1] == (job.job_id, 1)
     wait_until(lambda: not cluster.active(), "an empty queue")
+    quiet = quiet_rows(tmp_path / "config.yaml", tmp_path / "quiet", *expert_words(server))
+    assert rows(root) == quiet
+
+
+@pytest.mark.slurm_long
+def test_a_warning_to_every_process_of_a_job_stops_it_once_and_kills_nothing(
+    cluster: SlurmCluster, server: ChatServer, tmp_path: Path
+) -> None:
+    """The batch shell and `srun` get it too, as with `scancel --full`."""
+    root = submit_until_midst(cluster, server, tmp_path, "site.num_workers=1")
+    [record] = records(root, "generate")
+    job = record.job_id
+    cluster.run("scancel", "--full", "--signal=USR2", job)
+    wait_until(lambda: stops(root), "a stop")
+    server.delay_s = 0.0
+    finish_stage(cluster, root, "dataset")
+    cluster.cancel_all()
+    assert stops(root) == [f"{job}-0"], output(root)
+    assert starts(root, "generate-000") == [(job, 0), (job, 1)]
+    assert accounting(cluster, job) == ["REQUEUED", "COMPLETED"]
+    quiet = quiet_rows(tmp_path / "config.yaml", tmp_path / "quiet", *expert_words(server))
+    assert rows(root) == quiet
+
+
+@pytest.mark.slurm_long
+def test_where_slurm_sends_only_term_before_it_preempts(
+    silent: SlurmCluster, server: ChatServer, tmp_path: Path
+) -> None:
+    shape = ("site.ranks_per_worker=2", "site.slurm.stages.generate.cpus_per_task=4")
+    root = submit_until_midst(silent, server, tmp_path, *shape)
+    [array] = records(root, "generate")
+    [before] = silent.find(array.task_ids[0])
+    take_node(silent, before["NodeList"], tmp_path)
+    server.delay_s = 0.0
+    finish_stage(silent, root, "dataset")
+    silent.cancel_all()
+    assert stops(root) == [f"{before['JobId']}-0"], output(root)
+    assert [n for _, n in starts(root, "generate-000")] == [0, 1]
+    assert "stopped on SIGTERM" in output(root)
     quiet = quiet_rows(tmp_path / "config.yaml", tmp_path / "quiet", *expert_words(server))
     assert rows(root) == quiet
