@@ -44,8 +44,7 @@ def ended(cluster: SlurmCluster, root: Path) -> set[str]:
 
 
 @pytest.mark.slurm_long
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("may_requeue", [True, False])
+@pytest.mark.parametrize(("workers", "may_requeue"), [(1, True), (1, False), (2, False)])
 def test_the_stages_behind_a_preempted_one_still_run(
     cancelling: SlurmCluster, server: ChatServer, tmp_path: Path, workers: int, may_requeue: bool
 ) -> None:
