@@ -6,7 +6,6 @@ its manifest.
 
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from teams_hpc.cluster.records import JobRecord, write_record
 from teams_hpc.cluster.slurm import clean_environment
 from teams_hpc.config import Config
 from teams_hpc.errors import ClusterError
+from teams_hpc.storage.atomic import write_text
 from teams_hpc.storage.run_dir import RunDir
 
 SHELL = Path(__file__).parent / "shell"
@@ -130,7 +130,8 @@ class Submitter:
             ClusterError: Slurm refused; has its words.
         """
         self.run_dir.slurm.mkdir(parents=True, exist_ok=True, mode=0o700)
-        shutil.copy(SHELL / "task.sh", self.run_dir.slurm / "task.sh")
+        # Whole at every moment: tasks that start just now read it, and an empty one does nothing.
+        write_text(self.run_dir.slurm / "task.sh", (SHELL / "task.sh").read_text(encoding="utf-8"))
         executor = self._executor(spec, dependencies, max_parallel_tasks)
         stages, roots = [spec.stage] * len(spec.indices), [str(self.run_dir.root)]
         indices = [str(index) for index in spec.indices]
