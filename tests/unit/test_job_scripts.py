@@ -144,3 +144,39 @@ def test_a_fake_container_gets_the_command(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout == "exec|/i m.sif|python3|-c|a b|"
+
+
+@pytest.mark.parametrize(
+    ("answer", "deadline"),
+    [
+        ("echo 2026-11-23T23:30:18", "1795476618"),
+        ("echo N/A", ""),
+        ("echo Unknown", ""),
+        ("exit 1", ""),  # of nothing `date` would make midnight, long over
+    ],
+)
+def test_a_job_whose_end_is_not_known_has_no_deadline(
+    tmp_path: Path, answer: str, deadline: str
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f'#!/bin/sh\n[ "$SLURM_TIME_FORMAT" = standard ] || exit 1\n{answer}\n')
+    squeue.chmod(0o755)
+    shown = '. "$1"; printf "%s|%s|%s" "$TEAMS_HPC_JOB" "$TEAMS_HPC_DEADLINE" "$MASTER_ADDR"'
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "TZ": "UTC",
+        "SLURM_JOB_ID": "7",
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "2",
+        "SLURMD_NODENAME": "node1",
+        "SLURM_TIME_FORMAT": "relative",
+    }
+    done = subprocess.run(
+        ("bash", "-c", shown, "sh", str(SHELL / "prologue.sh")),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == f"7_2|{deadline}|node1"

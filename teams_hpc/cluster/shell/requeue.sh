@@ -7,15 +7,18 @@
 # stands. A job that was cancelled is not brought back.
 code=$?
 if [ -n "${TEAMS_HPC_SCRATCH:-}" ]; then
-  srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 rm -rf -- "$TEAMS_HPC_SCRATCH/teams-hpc-$SLURM_JOB_ID"
+  timeout 60 srun --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+    rm -rf -- "$TEAMS_HPC_SCRATCH/teams-hpc-$SLURM_JOB_ID"
 fi
 marker=$TEAMS_HPC_RUN_DIR/slurm/stopped/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 for pause in 0 5 15; do  # a busy controller may answer the second time
   sleep "$pause"
   state=$(squeue --noheader --jobs="$TEAMS_HPC_JOB" --format=%T) && break
 done
-if [ -e "$marker" ] && [ ! -e "$TEAMS_HPC_RUN_DIR/slurm/cancelled" ] && [ "$state" = RUNNING ]; then
+cancelled=$TEAMS_HPC_RUN_DIR/slurm/cancelled
+if [ -e "$marker" ] && [ ! -e "$cancelled" ] && [ "$state" = RUNNING ]; then
   if scontrol requeue "$TEAMS_HPC_JOB"; then
+    [ ! -e "$cancelled" ] || scancel "$TEAMS_HPC_JOB"  # in between
     echo "job $TEAMS_HPC_JOB stopped on request and goes back to the queue"
     sleep 600  # Slurm ends this script; it must not seem to have finished
   elif "$TEAMS_HPC_PYTHON" -m teams_hpc resubmit "$TEAMS_HPC_RUN_DIR" "$TEAMS_HPC_JOB"; then
