@@ -6,7 +6,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from teams_hpc.config import Config
 from teams_hpc.errors import StopRequested, TeamsError
 from teams_hpc.pipeline.graph import Stage, find_stage, task_name
 from teams_hpc.pipeline.inputs import prepare_stage
