@@ -105,9 +105,10 @@ def _cluster_faults(config: Config, specs: Sequence[JobSpec]) -> list[str]:
 
 def _place_faults(config: Config) -> Iterator[_Fault]:
     run_dir = config.resolved_run_dir
-    if "%" in str(run_dir):
-        what = f"{run_dir} has a % in its path, after which Slurm puts in names of its own"
-        yield _Fault("run_dir", what, "choose a path without it")
+    for character, means in (("%", "names of its own"), ("\\", "none of its names any more")):
+        if character in str(run_dir):
+            what = f"{run_dir} has a {character} in its path, after which Slurm puts in {means}"
+            yield _Fault("run_dir", what, "choose a path without it")
     for folder in (run_dir, run_dir / "slurm"):
         if not folder.is_dir():
             continue

@@ -19,7 +19,13 @@ _TRIES = 4
 _BUSY = ("Socket timed out", "Unable to contact slurm controller", "temporarily unable")
 _KEPT_VARIABLES = ("SLURM_CONF",)
 _WHOLE_NAMES = {"SLURM_BITSTR_LEN": "0"}  # else `12_[0,2-7,...]` is cut after 64 characters
-_DROPPED_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "PMI", "OMPI_", "TEAMS_HPC_")
+_DROPPED_PREFIXES = (
+    "SLURM_", "SBATCH_", "SALLOC_", "SRUN_", "SACCT_", "SQUEUE_", "SCANCEL_", "SINFO_",
+    "PMI", "OMPI_", "MPI_LOCAL", "TEAMS_HPC_",
+)  # fmt: skip
+_DROPPED_NAMES = frozenset(
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE CUDA_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES".split()
+)
 
 ACTIVE_STATES = frozenset(
     "PENDING RUNNING SUSPENDED COMPLETING CONFIGURING STAGE_OUT SIGNALING REQUEUED RESIZING "
@@ -29,11 +35,15 @@ ACTIVE_STATES = frozenset(
 
 
 def clean_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment without what an allocation sets: a job submitted from it inherits nothing."""
+    """The environment without what an allocation or a launcher sets, or changes Slurm's answers.
+
+    A job submitted from it inherits nothing of the place it was submitted from.
+    """
     return {
         name: value
         for name, value in environment.items()
-        if name in _KEPT_VARIABLES or not name.startswith(_DROPPED_PREFIXES)
+        if name in _KEPT_VARIABLES
+        or not (name in _DROPPED_NAMES or name.startswith(_DROPPED_PREFIXES))
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from teams_hpc.cluster.jobs import job_spec
+from teams_hpc.cluster.slurm import clean_environment
 from teams_hpc.cluster.submit import SHELL, job_environment, sbatch_options
 from teams_hpc.config import load_config
 from teams_hpc.errors import ConfigError
@@ -180,3 +181,15 @@ def test_a_job_whose_end_is_not_known_has_no_deadline(
         check=True,
     )
     assert done.stdout == f"7_2|{deadline}|node1"
+
+
+def test_a_job_inherits_nothing_of_where_it_was_submitted() -> None:
+    inside = {
+        "SLURM_JOB_ID": "7",
+        "SQUEUE_STATES": "PENDING",
+        "RANK": "3",
+        "CUDA_VISIBLE_DEVICES": "1",
+        "TEAMS_HPC_FIRST_JOB": "7",
+    }
+    kept = {"SLURM_CONF": "/etc/s.conf", "PATH": "/bin", "OPENAI_KEY": "k"}
+    assert clean_environment({**inside, **kept}) == kept
