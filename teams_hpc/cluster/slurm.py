@@ -3,7 +3,6 @@
 A job's id here is as people write it: `123`, or `123_4` for an array task.
 """
 
-import getpass
 import os
 import re
 import subprocess
@@ -101,7 +100,7 @@ class JobState:
 def queued_jobs() -> dict[str, JobState]:
     """This user's jobs that Slurm still knows, by id; array tasks one by one. One `squeue`."""
     text = call_slurm(
-        "squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--states=all",
+        "squeue", "--noheader", "--array", "--me", "--states=all",
         "--format=%i|%T|%r",
     )  # fmt: skip
     found = (line.split("|", 2) for line in text.splitlines() if line.count("|") >= 2)

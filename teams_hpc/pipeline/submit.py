@@ -260,7 +260,7 @@ class _Submission:
         replaces: str | None = None,
     ) -> list[JobRecord]:
         submitter = Submitter(config=self.config, run_dir=self.run_dir, entry=self.entry)
-        most = int(scheduler_settings().get("MaxArraySize", "1001"))
+        most = max(1, int(scheduler_settings().get("MaxArraySize", "1001")))
         chunks = [tuple(indices[at : at + most]) for at in range(0, len(indices), most)]
         parallel = max(1, self.config.site.slurm.max_parallel_tasks // len(chunks))
         records = [

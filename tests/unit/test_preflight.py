@@ -262,3 +262,7 @@ def test_a_container_that_is_not_there(slurm: FakeSlurm, make: Make) -> None:
     config = make("site.container={image: /nowhere/x.sif}")
     [fault] = slurm_faults(config, specs_of(config))
     assert fault.startswith("site.container.image: no file or folder /nowhere/x.sif")
+    _, comma = slurm_faults(
+        make("site.container={image: /nowhere/x.sif}", run_dir="a,b"), specs_of(config)
+    )
+    assert "a,b can't be bound" in comma
