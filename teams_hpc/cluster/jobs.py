@@ -16,7 +16,8 @@ class JobSpec:
         stage: What it works on.
         indices: One task of the array for each: which policy member, or which worker.
         tasks_per_node: Processes on each node; all nodes have as many.
-        ranks_hang_together: One process's end ends the others (a torch.distributed world).
+        ranks_hang_together: One process's end ends the others (a torch.distributed world, or
+            processes that MPI joins: they part at a barrier, so the rest would wait for ever).
     """
 
     stage: str
@@ -67,5 +68,5 @@ def job_spec(config: Config, stage: str, indices: tuple[int, ...]) -> JobSpec:
         time_min=shape.time_min or slurm.time_min,
         partition=shape.partition or slurm.partition,
         qos=shape.qos or slurm.qos,
-        ranks_hang_together=stage == "sft",
+        ranks_hang_together=stage == "sft" or (stage == "generate" and slurm.mpi is not None),
     )

@@ -47,6 +47,8 @@ def job_environment(
     """What a job's scripts and processes find in their environment."""
     slurm = config.site.slurm
     values = {
+        # As srun --kill-on-bad-exit; said always, since a site may have set it either way.
+        "SLURM_KILL_BAD_EXIT": str(int(spec.ranks_hang_together)),
         "TEAMS_HPC_RUN_DIR": str(run_dir.root),
         "TEAMS_HPC_PYTHON": sys.executable,
         "TEAMS_HPC_TASK_PYTHON": CONTAINER_PYTHON if config.site.container else sys.executable,
@@ -91,14 +93,10 @@ def sbatch_options(config: Config, spec: JobSpec) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value not in (None, False)}
 
 
-def srun_options(spec: JobSpec) -> list[str]:
-    """Options of `srun` for the processes of a job."""
-    return [
-        # A site may have set either the other way, which would cut down ranks that still save.
-        f"--kill-on-bad-exit={int(spec.ranks_hang_together)}",
-        "--wait=0",
-        "--gpu-bind=none",  # every rank sees all GPUs of its node and takes its own
-    ]
+SRUN_OPTIONS = (
+    "--wait=0",  # a site may have set another, which would cut down ranks that still save
+    "--gpu-bind=none",  # every rank sees all GPUs of its node and takes its own
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +187,7 @@ class Submitter:
                 *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
                 (SHELL / "prologue.sh").read_text(encoding="utf-8"),
             ],
-            srun_args=srun_options(spec),
+            srun_args=list(SRUN_OPTIONS),
             teardown=[(SHELL / "requeue.sh").read_text(encoding="utf-8")],
             # submitit writes its own names with underscores, and would have the last word.
             additional_parameters={

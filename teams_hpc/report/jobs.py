@@ -102,12 +102,19 @@ def _current_tasks(records: Iterable[JobRecord]) -> list[tuple[JobRecord, int, s
     return list(latest.values())
 
 
-def _ask(records: Sequence[JobRecord]) -> tuple[Mapping[str, JobState], float]:
-    """Every job Slurm knows, and for how many seconds it may not know a new one."""
-    found = accounted_jobs(record.job_id for record in records)
+def _ask(records: Sequence[JobRecord]) -> tuple[Mapping[str, JobState], float, str]:
+    """Every job Slurm knows, for how many seconds it may not know a new one, and what is amiss."""
+    trouble = ""
+    try:
+        found = accounted_jobs(record.job_id for record in records)
+    except ClusterError as error:
+        found, trouble = None, str(error)
     if found is not None:
-        return found, _ACCOUNTING_LAG_S
-    return queued_jobs(), _QUEUE_LAG_S
+        return found, _ACCOUNTING_LAG_S, ""
+    try:
+        return queued_jobs(), _QUEUE_LAG_S, trouble  # the controller knows what hasn't ended
+    except ClusterError as error:
+        return {}, float("-inf"), trouble or str(error)
 
 
 def read_jobs(run_dir: RunDir) -> RunJobs:
@@ -115,14 +122,8 @@ def read_jobs(run_dir: RunDir) -> RunJobs:
     records = read_records(run_dir)
     if not records:
         return RunJobs()
-    trouble = ""
-    known: Mapping[str, JobState] = {}
-    lag_s = float("-inf")
     now = time.time()
-    try:
-        known, lag_s = _ask(records)
-    except ClusterError as error:
-        trouble = str(error)
+    known, lag_s, trouble = _ask(records)
     seen = {job_id.partition("_")[0] for job_id in known}
     tasks = []
     for record, index, job_id in _current_tasks(records):

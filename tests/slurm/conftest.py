@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chat_server import ChatServer
 
 from slurm.cluster import PACKAGES, SlurmCluster, missing_programs, temporary_cluster
+from slurm.disturbances import slow_expert
 
 HERE = Path(__file__).parent
 LONG = pytest.mark.skip(reason="long: make test-slurm runs it")
@@ -52,3 +54,10 @@ def quiet_queue(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if running is not None:
         running.quiet()
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    """An expert slow enough that a test can choose its moment."""
+    with slow_expert() as running:
+        yield running

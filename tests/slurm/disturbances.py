@@ -15,6 +15,7 @@ from chat_server import ChatServer, chat_server
 from slurm.cluster import FINISHED, ClusterError, SlurmCluster
 from slurm.runs import TINY, command, output, records, submit, write_config
 
+ALONE = "site.slurm.stages.generate.cpus_per_task=8"  # one array task a node
 CALLS_TO_THE_MIDST = 10
 _SLOW_S = 0.3
 _WORDS = "list name explain river violin glacier bee three ways because of with and the for".split()
@@ -104,3 +105,18 @@ def verify_rows(cluster: SlurmCluster, root: Path) -> None:
         lines = [line for line in said.splitlines() if f" {stage}: " in line]
         assert lines, said
         assert all(line.startswith("ok ") for line in lines), said
+
+
+def ranks(root: Path, *, job: str, rank: int) -> list[int]:
+    """Processes of this rank in this job's first step that work on the run."""
+    wanted = {f"TEAMS_HPC_RUN_DIR={root}", f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
+    wanted.add("SLURM_STEP_ID=0")
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            words = set(path.read_text(errors="replace").split("\0"))
+        except OSError:
+            continue
+        if wanted <= words:
+            found.append(int(path.parent.name))
+    return found

@@ -9,9 +9,9 @@ from chat_server import ChatServer
 from slurm.cluster import SlurmCluster, temporary_cluster
 from slurm.conftest import require_slurm
 from slurm.disturbances import (
+    ALONE,
     expert_words,
     finish_stage,
-    slow_expert,
     stops,
     submit_until_midst,
     take_node,
@@ -20,14 +20,7 @@ from slurm.disturbances import (
 )
 from slurm.runs import output, quiet_rows, records, rows, starts
 
-ALONE = "site.slurm.stages.generate.cpus_per_task=8"  # one array task a node
 FORBIDDEN = "site.slurm.options={no-requeue: true}"
-
-
-@pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with slow_expert() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,14 @@
 """Steps of generation that srun and MPI join over two nodes; a wrong --mpi is said."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+from chat_server import ChatServer
 
 from slurm.cluster import SlurmCluster
+from slurm.disturbances import ranks, submit_until_midst
 from slurm.runs import output, quiet_rows, records, rows, submit, wait_for_end, write_config
 
 PMIX = [
@@ -56,3 +59,20 @@ def test_a_wrong_mpi_type_fails_and_says_so(cluster: SlurmCluster, tmp_path: Pat
     assert not (root / "generate" / "manifest.json").exists()
     errors = "".join(path.read_text() for path in (root / "metrics").glob("generate*.error.txt"))
     assert "MPI joined 1 of the 2 processes" in errors + output(root)
+
+
+@pytest.mark.slurm_long
+def test_a_killed_rank_ends_its_step(
+    cluster: SlurmCluster, server: ChatServer, tmp_path: Path
+) -> None:
+    """The other would wait for it for ever."""
+    words = ("site.slurm.mpi=pmix", "site.slurm.stages.generate.cpus_per_task=8")
+    root = submit_until_midst(cluster, server, tmp_path, *MPI, *words)
+    [array] = records(root, "generate")
+    task = array.task_ids[0]
+    [before] = cluster.find(task)
+    [victim] = ranks(root, job=before["JobId"], rank=1)
+    os.kill(victim, signal.SIGKILL)
+    [ended] = cluster.wait_for(task, "FAILED", timeout=30)
+    assert ended["Restarts"] == "0"
+    cluster.cancel_all()

@@ -9,10 +9,10 @@ from chat_server import ChatServer
 from slurm.cluster import SlurmCluster, temporary_cluster
 from slurm.conftest import require_slurm
 from slurm.disturbances import (
+    ALONE,
     accounting,
     expert_words,
     finish_stage,
-    slow_expert,
     stops,
     submit_until_midst,
     take_node,
@@ -20,14 +20,6 @@ from slurm.disturbances import (
     wait_until,
 )
 from slurm.runs import TINY, output, quiet_rows, records, rows, starts, submit, write_config
-
-ALONE = "site.slurm.stages.generate.cpus_per_task=8"  # one array task a node
-
-
-@pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with slow_expert() as running:
-        yield running
 
 
 @pytest.fixture

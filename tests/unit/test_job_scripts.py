@@ -104,6 +104,17 @@ def test_processes_are_spread_over_nodes(tmp_path: Path) -> None:
         job_spec(config, "sft", (0,))
 
 
+def test_one_end_ends_all_where_processes_wait_for_each_other(tmp_path: Path) -> None:
+    def kills(stage: str, *words: str) -> str:
+        config = load_config(write_config(tmp_path), words)
+        spec = job_spec(config, stage, (0,))
+        return job_environment(config, RunDir(tmp_path / "r"), spec)["SLURM_KILL_BAD_EXIT"]
+
+    assert kills("sft") == "1"
+    assert kills("generate", "site.slurm.mpi=pmix") == "1"
+    assert kills("generate") == kills("policy") == "0"
+
+
 def test_a_container_is_told_what_to_bind(tmp_path: Path) -> None:
     image = tmp_path / "image.sif"
     config = load_config(

@@ -229,11 +229,23 @@ def test_slurm_out_of_reach_is_said_and_files_speak(
     submitted(run_dir, "12")
     started(run_dir, "generate")
     slurm.says("sacct", "", error="sacct: error: no route to host\n")
+    slurm.says("squeue", "", error="squeue: error: timed out\n")
     status = read_status(run_dir, config)
     assert "no route" in status.slurm_trouble
     assert line_of(run_dir, config).state == "started"
     assert "Slurm can't be asked: sacct: sacct: error: no route" in shown(run_dir, config)
     assert not status.is_active
+
+
+def test_the_queue_speaks_where_accounting_is_away(
+    slurm: FakeSlurm, run_dir: RunDir, config: Config
+) -> None:
+    submitted(run_dir, "12")
+    slurm.says("sacct", "", error="sacct: error: Connection refused\n")
+    slurm.says("squeue", "12|RUNNING|None\n")
+    status = read_status(run_dir, config)
+    assert line_of(run_dir, config).state == "running"
+    assert "Connection refused" in status.slurm_trouble
 
 
 def test_json_has_the_tasks(slurm: FakeSlurm, run_dir: RunDir, config: Config) -> None:
