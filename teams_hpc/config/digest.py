@@ -29,6 +29,7 @@ _WHERE_AND_HOW_HARD = frozenset(
                 "max_retries",
             )
         ),
+        "generate.retry_failed",
         "sft.micro_batch_rows",
         "sft.offload_optimizer",
         "sft.offload_parameters",

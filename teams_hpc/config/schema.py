@@ -183,6 +183,9 @@ class GenerateConfig(Section):
     enforce_added_words: bool = Field(
         False, description="eliminate rewrites that don't add 10 to 20 words where they should"
     )
+    retry_failed: bool = Field(
+        False, description="once done, make the chains with failed rows again, and what follows"
+    )
 
 
 class DatasetConfig(Section):

@@ -11,6 +11,7 @@ from teams_hpc.config.check import check_inputs
 from teams_hpc.errors import WorkError
 from teams_hpc.pipeline.graph import Stage, stage_graph, task_name
 from teams_hpc.pipeline.inputs import is_done, prepare_stage, set_aside_outdated
+from teams_hpc.pipeline.retry import begin_retry
 from teams_hpc.pipeline.start import prepared_run
 from teams_hpc.pipeline.task import error_path
 from teams_hpc.runtime.metrics import append_metrics
@@ -44,6 +45,7 @@ def run_pipeline(
     """
     check_inputs(config)
     with prepared_run(config, stop=stop, rerun_from=rerun_from) as run_dir:
+        begin_retry(run_dir, config)
         for stage in stage_graph(config):
             _run_stage(run_dir, config, stage, observer, stop)
     return run_dir

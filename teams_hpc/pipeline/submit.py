@@ -17,6 +17,7 @@ from teams_hpc.errors import UsageError
 from teams_hpc.pipeline.forecast import needed_warning_s
 from teams_hpc.pipeline.graph import Stage, find_stage, stage_graph
 from teams_hpc.pipeline.inputs import is_done, set_aside_outdated
+from teams_hpc.pipeline.retry import begin_retry, wants_retry
 from teams_hpc.pipeline.start import open_run, prepared_run
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.sft.deepspeed_config import deepspeed_config, plan_batch
@@ -88,7 +89,11 @@ def submit_pipeline(config: Config, entry: Entry, *, rerun_from: str | None = No
     refuse_faults(faults or slurm_faults(config, specs))
     with prepared_run(config, stop=StopFlag(), rerun_from=rerun_from) as run_dir:
         (run_dir.slurm / "cancelled").unlink(missing_ok=True)
-        return _Submission(config, run_dir, entry, queued_jobs()).submit_missing()
+        submission = _Submission(config, run_dir, entry, queued_jobs())
+        if wants_retry(run_dir, config):
+            submission.refuse_if_at_work("generate")
+            begin_retry(run_dir, config)
+        return submission.submit_missing()
 
 
 @dataclass(slots=True)
@@ -109,6 +114,22 @@ class _Submission:
     def submit_missing(self) -> list[str]:
         """Bring every stage of the graph under way; a line for each."""
         return [self._submit_stage(stage) for stage in stage_graph(self.config)]
+
+    def refuse_if_at_work(self, first: str) -> None:
+        """Refuse while jobs of this stage or later ones work: what they read would go.
+
+        Raises:
+            UsageError: Names them.
+        """
+        names = [stage.name for stage in stage_graph(self.config)]
+        later = names[names.index(first) :]
+        tasks = [t for r in read_records(self.run_dir) if r.stage in later for t in r.task_ids]
+        jobs = [t for t in tasks if self._is_active(t) and self.states[t].state != "PENDING"]
+        if jobs:
+            raise UsageError(
+                f"generate.retry_failed: the jobs {', '.join(jobs)} are at work on what would be "
+                "made again; wait for them or cancel them first"
+            )
 
     def replace(self, job: str) -> str:
         """Submit another job for the work of `job`, and let its dependents wait for that one."""
@@ -228,6 +249,8 @@ def prepare_job(config: Config, name: str) -> Iterator[str]:
     faults = submission_faults(config, RunDir(config.resolved_run_dir))
     refuse_faults(faults or slurm_faults(config, [spec]))
     with prepared_run(config, stop=StopFlag()) as run_dir:
+        if name == "generate":
+            begin_retry(run_dir, config)
         run_dir.slurm.mkdir(exist_ok=True, mode=0o700)
         (run_dir.slurm / "cancelled").unlink(missing_ok=True)
         for variable, value in job_environment(config, run_dir, spec).items():
