@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 from integration.test_generation import columns, leftovers, make_run, run, spent, usage_of
 
+from teams_hpc.cluster.records import JobRecord, write_record
+from teams_hpc.cluster.slurm import JobState
 from teams_hpc.config import load_resolved
 from teams_hpc.config.digest import stage_inputs
-from teams_hpc.errors import BudgetError
+from teams_hpc.errors import BudgetError, UsageError
 from teams_hpc.generation import outcome, retry, worker
 from teams_hpc.generation.outcome import check_balance
 from teams_hpc.generation.worker import generate
 from teams_hpc.llm.base import Completion
 from teams_hpc.llm.template_engine import TemplateEngine
 from teams_hpc.pipeline.retry import begin_retry
+from teams_hpc.pipeline.submit import _Submission
 from teams_hpc.rewriting.reviewer import Reviewer
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.retry_folder import close_retry_folder
@@ -261,3 +264,20 @@ def test_several_processes_share_a_retry(tmp_path: Path) -> None:
     assert again["counts"]["failed"] == 0
     assert {**again, "usage": 0} == {**quiet, "usage": 0}
     assert leftovers(run_dir) == []
+
+
+def test_a_submission_waits_for_jobs_that_read_what_would_be_made_again(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    config = load_resolved(make_run(tmp_path).config)
+    for number, stage in enumerate(("generate", "dataset", "sft"), start=1):
+        record = JobRecord(
+            job_id=str(number), stage=stage, indices=(0,), is_array=False, submitted=number
+        )
+        write_record(run_dir, record)
+    states = {"1": "COMPLETED", "2": "RUNNING", "3": "PENDING"}
+    jobs = {job: JobState(job_id=job, state=state) for job, state in states.items()}
+    submission = _Submission(config, run_dir, lambda *_: None, jobs)
+    with pytest.raises(UsageError, match=r"the jobs 2 are at work"):
+        submission.refuse_if_at_work("generate")
+    del jobs["2"]
+    submission.refuse_if_at_work("generate")
