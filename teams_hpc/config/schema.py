@@ -298,9 +298,16 @@ class EvaluateConfig(Section):
 
 
 class BudgetConfig(Section):
-    """A brake on spending; not part of the data's identity."""
+    """A brake on spending, and prices to foretell it; not part of the data's identity."""
 
     max_expert_calls: CountOrZero | None = Field(None, description="null: no limit")
+    price_per_million_prompt_tokens: NotNegative | None = Field(
+        None, description="dollars, for `forecast`: tokens read by models behind http"
+    )
+    price_per_million_completion_tokens: NotNegative | None = Field(
+        None, description="dollars, for `forecast`: tokens written by models behind http"
+    )
+    price_per_gpu_hour: NotNegative | None = Field(None, description="dollars, for `forecast`")
 
 
 SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:+-]+$")]

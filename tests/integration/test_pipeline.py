@@ -15,6 +15,11 @@ from typing import Any
 import pytest
 from chat_server import ChatServer, chat_server
 
+from teams_hpc.config import load_config
+from teams_hpc.pipeline.start import open_run
+from teams_hpc.report.call_forecast import forecast_calls
+from teams_hpc.report.usage import collect_usage
+
 TINY = """
 name: tiny
 seeds: {limit: 60}
@@ -109,6 +114,28 @@ def test_every_stage_leaves_a_manifest_and_verify_agrees(finished: Path) -> None
     assert [line["state"] for line in status["stages"]] == ["done"] * len(STAGES)
     assert not status["is_running"]
     assert status["expert_calls"] > 0
+
+
+def test_a_forecast_at_most_is_never_below_what_was_used(finished: Path) -> None:
+    run_dir, config = open_run(finished / "runs" / "tiny")
+    found = forecast_calls(load_config(finished / "tiny.yaml"))
+    used = collect_usage(run_dir)
+    assert {line.ask.stage for line in found.lines} == used.keys()
+    assert len(used) == 3
+    for stage, ledger in used.items():
+        for role in ("instructor", "reviewer", "expert"):
+            usage = ledger.total(role)
+            lines = [x for x in found.lines if (x.ask.stage, x.ask.role) == (stage, role)]
+            assert usage.calls <= sum(line.ask.most for line in lines)
+            assert usage.prompt_tokens <= sum(line.most_prompt_tokens for line in lines)
+            assert usage.completion_tokens <= sum(line.most_completion_tokens for line in lines)
+    measured = forecast_calls(config, (run_dir, config))
+    for role in ("instructor", "reviewer", "expert"):
+        total = sum(ledger.total(role).calls for ledger in used.values())
+        assert measured.expected(role) == pytest.approx(total)
+    code, output = command("forecast", str(finished / "tiny.yaml"), "--from", str(run_dir.root))
+    assert code == 0, output
+    assert "of WizardLM's 624,000" in output
 
 
 def test_running_again_does_nothing(copied: Path) -> None:
