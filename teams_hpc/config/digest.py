@@ -27,6 +27,8 @@ _WHERE_AND_HOW_HARD = frozenset(
                 "max_concurrency",
                 "timeout_s",
                 "max_retries",
+                "tensor_parallel_size",
+                "gpu_memory_utilization",
             )
         ),
         "generate.retry_failed",

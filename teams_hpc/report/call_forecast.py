@@ -166,7 +166,7 @@ def _line(config: Config, ask: Ask, measured: Measured) -> Line:
     calls = share * ask.most
     tokens = measured.tokens.get((ask.stage, ask.role))
     seconds = measured.process_s.get(ask.stage)
-    gpus = _gpus_of_a_process(config)
+    gpus = _gpus_of_a_process(config, ask.stage)
     hours = 0.0 if gpus == 0 else None if seconds is None else gpus * seconds * calls / 3600
     return Line(
         ask=ask,
@@ -178,9 +178,9 @@ def _line(config: Config, ask: Ask, measured: Measured) -> Line:
     )
 
 
-def _gpus_of_a_process(config: Config) -> int:
+def _gpus_of_a_process(config: Config, stage: str) -> int:
     """GPUs that one process holds, whether or not its models are served elsewhere."""
-    return 1 if config.site.gpus_per_node else 0
+    return config.gpus_of_process(stage) if config.site.gpus_per_node else 0
 
 
 def list_asks(config: Config) -> list[Ask]:
