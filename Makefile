@@ -38,7 +38,8 @@ test: $(VENV)/.has-dev ## pass the tests
 	$(VENV)/bin/python -m pytest -q tests
 
 test-slurm: $(VENV)/.has-dev ## all tests on a real Slurm, the long ones too (Debian packages: README)
-	TEAMS_HPC_REQUIRE_SLURM=1 TEAMS_HPC_SLURM_ALL=1 $(VENV)/bin/python -m pytest -q tests/slurm
+	TEAMS_HPC_REQUIRE_SLURM=1 TEAMS_HPC_SLURM_ALL=1 \
+	  $(VENV)/bin/python -m pytest -q $(PYTEST_OPTIONS) tests/slurm
 
 test-chaos: $(VENV)/.has-dev ## the soak: many kills in a row, under MPI and without
 	TEAMS_HPC_CHAOS=1 $(VENV)/bin/python -m pytest -q -m chaos tests

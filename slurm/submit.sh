@@ -20,14 +20,16 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || shift
 
+# Of an allocation or a job of ours that this may be called from.
+for name in ${!SLURM_@} ${!SBATCH_@} ${!SQUEUE_@} ${!TEAMS_HPC_@} \
+  RANK WORLD_SIZE LOCAL_RANK CUDA_VISIBLE_DEVICES; do
+  [ "$name" = SLURM_CONF ] || unset "$name"
+done
+
 TEAMS_HPC_SHELL=$(cd "$(dirname "$0")" && pwd)  # sbatch runs a copy: scripts find the others by this
 export TEAMS_HPC_SHELL
 teams=${TEAMS_HPC:-$TEAMS_HPC_SHELL/../.venv/bin/teams-hpc}
 [ -x "$teams" ] || teams="teams-hpc"  # on PATH
-
-for name in ${!SLURM_@} ${!SBATCH_@}; do  # of an allocation that this may be called from
-  [ "$name" = SLURM_CONF ] || unset "$name"
-done
 
 # NUL-separated, since a path may hold anything else: NAME=VALUE words, an empty one, sbatch options.
 answer=$(mktemp)
@@ -43,6 +45,6 @@ while IFS= read -r -d '' word; do
 done < "$answer"
 
 script=$TEAMS_HPC_SHELL/$stage.sbatch
-cd "$TEAMS_HPC_RUN_DIR/slurm"  # where the job's output goes
-job=$(sbatch --parsable "${options[@]}" "$@" "$script")
+# The job's output goes to the folder it is submitted from.
+job=$(cd "$TEAMS_HPC_RUN_DIR/slurm" && sbatch --parsable "${options[@]}" "$@" "$script")
 "$teams" job --submitted "${job%%;*}" "$stage" "$TEAMS_HPC_RUN_DIR/config.yaml"

@@ -21,10 +21,10 @@ def cancel_run(run_dir: RunDir) -> tuple[JobState, ...]:
         UsageError: Nothing of this run was ever submitted.
         ClusterError: Slurm can't be reached, or refused.
     """
-    records = read_records(run_dir)
-    if not records:
+    if not read_records(run_dir):
         raise UsageError(f"{run_dir.root} has no job records: nothing of it was submitted to Slurm")
     (run_dir.slurm / "cancelled").touch(mode=0o600)
+    records = read_records(run_dir)  # who adds one now sees that mark
     queue = queued_jobs()
     active = {
         record.job_id: found

@@ -21,7 +21,7 @@ def container_environment(config: Config, run_dir: Path) -> dict[str, str]:
     if container is None:
         return {}
     upper = container.runtime.upper()
-    binds = (*dict.fromkeys(str(path) for path in _needed_paths(config, run_dir)), *container.binds)
+    binds = (*needed_binds(config, run_dir), *container.binds)
     values = {
         "TEAMS_HPC_IMAGE": str(container.image),
         "TEAMS_HPC_RUNTIME": container.runtime,
@@ -32,6 +32,11 @@ def container_environment(config: Config, run_dir: Path) -> dict[str, str]:
     if container.nv and config.site.gpus_per_node:
         values[f"{upper}_NV"] = "1"
     return values
+
+
+def needed_binds(config: Config, run_dir: Path) -> list[str]:
+    """Folders that each task needs inside, whatever else is bound."""
+    return list(dict.fromkeys(str(path) for path in _needed_paths(config, run_dir)))
 
 
 def _needed_paths(config: Config, run_dir: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from teams_hpc.cluster.container import needed_binds
 from teams_hpc.cluster.inventory import (
     Association,
     Partition,
@@ -105,9 +106,10 @@ def _cluster_faults(config: Config, specs: Sequence[JobSpec]) -> list[str]:
 
 def _place_faults(config: Config) -> Iterator[_Fault]:
     run_dir = config.resolved_run_dir
-    if "%" in str(run_dir):
-        what = f"{run_dir} has a % in its path, after which Slurm puts in names of its own"
-        yield _Fault("run_dir", what, "choose a path without it")
+    for character, means in (("%", "names of its own"), ("\\", "none of its names any more")):
+        if character in str(run_dir):
+            what = f"{run_dir} has a {character} in its path, after which Slurm puts in {means}"
+            yield _Fault("run_dir", what, "choose a path without it")
     for folder in (run_dir, run_dir / "slurm"):
         if not folder.is_dir():
             continue
@@ -143,9 +145,15 @@ def _are_elsewhere(hosts: set[str]) -> bool:
 
 def _container_faults(config: Config) -> Iterator[_Fault]:
     container = config.site.container
-    if container is not None and not container.image.exists():
+    if container is None:
+        return
+    if not container.image.exists():
         what = f"no file or folder {container.image}"
         yield _Fault("site.container.image", what, "build it there (see docs), or name another")
+    for path in needed_binds(config, config.resolved_run_dir):
+        if "," in path or ":" in path:
+            what = f"{path} can't be bound: a comma or colon in a path ends it there"
+            yield _Fault("site.container", what, "choose a path without them")
 
 
 # What jobs ask for.

@@ -3,6 +3,7 @@
 A job that was resubmitted has a new record, which names the array tasks it took over.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,3 +51,11 @@ def read_records(run_dir: RunDir) -> list[JobRecord]:
     values: list[dict[str, Any]] = [read_json(path) for path in run_dir.job_records.glob("*.json")]
     records = [JobRecord(**{**value, "indices": tuple(value["indices"])}) for value in values]
     return sorted(records, key=lambda record: (record.submitted, int(record.job_id)))
+
+
+def first_of_chain(records: Iterable[JobRecord], job: str) -> str:
+    """The job whose work `job` does, after any number of resubmissions."""
+    before = {one: record.replaces for record in records for one in record.task_ids}
+    while (earlier := before.get(job)) is not None:
+        job = earlier
+    return job

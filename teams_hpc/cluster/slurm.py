@@ -3,7 +3,6 @@
 A job's id here is as people write it: `123`, or `123_4` for an array task.
 """
 
-import getpass
 import os
 import re
 import subprocess
@@ -19,7 +18,13 @@ _TRIES = 4
 _BUSY = ("Socket timed out", "Unable to contact slurm controller", "temporarily unable")
 _KEPT_VARIABLES = ("SLURM_CONF",)
 _WHOLE_NAMES = {"SLURM_BITSTR_LEN": "0"}  # else `12_[0,2-7,...]` is cut after 64 characters
-_DROPPED_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "PMI", "OMPI_", "TEAMS_HPC_")
+_DROPPED_PREFIXES = (
+    "SLURM_", "SBATCH_", "SALLOC_", "SRUN_", "SACCT_", "SQUEUE_", "SCANCEL_", "SINFO_",
+    "PMI", "OMPI_", "MPI_LOCAL", "TEAMS_HPC_",
+)  # fmt: skip
+_DROPPED_NAMES = frozenset(
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE CUDA_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES".split()
+)
 
 ACTIVE_STATES = frozenset(
     "PENDING RUNNING SUSPENDED COMPLETING CONFIGURING STAGE_OUT SIGNALING REQUEUED RESIZING "
@@ -29,11 +34,15 @@ ACTIVE_STATES = frozenset(
 
 
 def clean_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment without what an allocation sets: a job submitted from it inherits nothing."""
+    """The environment without what an allocation or a launcher sets, or changes Slurm's answers.
+
+    A job submitted from it inherits nothing of the place it was submitted from.
+    """
     return {
         name: value
         for name, value in environment.items()
-        if name in _KEPT_VARIABLES or not name.startswith(_DROPPED_PREFIXES)
+        if name in _KEPT_VARIABLES
+        or not (name in _DROPPED_NAMES or name.startswith(_DROPPED_PREFIXES))
     }
 
 
@@ -91,7 +100,7 @@ class JobState:
 def queued_jobs() -> dict[str, JobState]:
     """This user's jobs that Slurm still knows, by id; array tasks one by one. One `squeue`."""
     text = call_slurm(
-        "squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--states=all",
+        "squeue", "--noheader", "--array", "--me", "--states=all",
         "--format=%i|%T|%r",
     )  # fmt: skip
     found = (line.split("|", 2) for line in text.splitlines() if line.count("|") >= 2)

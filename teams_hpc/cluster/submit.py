@@ -19,7 +19,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from teams_hpc.cluster.container import CONTAINER_PYTHON, container_environment
 from teams_hpc.cluster.jobs import JobSpec
-from teams_hpc.cluster.records import JobRecord, write_record
+from teams_hpc.cluster.records import JobRecord, first_of_chain, read_records, write_record
 from teams_hpc.cluster.slurm import clean_environment
 from teams_hpc.config import Config
 from teams_hpc.errors import ClusterError
@@ -41,7 +41,9 @@ class _Executor(SlurmExecutor):
         return 2
 
 
-def job_environment(config: Config, run_dir: RunDir, spec: JobSpec) -> dict[str, str]:
+def job_environment(
+    config: Config, run_dir: RunDir, spec: JobSpec, replaces: str | None = None
+) -> dict[str, str]:
     """What a job's scripts and processes find in their environment."""
     slurm = config.site.slurm
     values = {
@@ -59,6 +61,8 @@ def job_environment(config: Config, run_dir: RunDir, spec: JobSpec) -> dict[str,
         values["TEAMS_HPC_SCRATCH"] = str(slurm.scratch)
     if slurm.mpi is not None:
         values["SLURM_MPI_TYPE"] = slurm.mpi  # as srun --mpi
+    if replaces is not None:  # its starts in vain count with those of the first
+        values["TEAMS_HPC_FIRST_JOB"] = first_of_chain(read_records(run_dir), replaces)
     return {**values, **container_environment(config, run_dir.root), **slurm.environment}
 
 
@@ -132,7 +136,7 @@ class Submitter:
         self.run_dir.slurm.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Whole at every moment: tasks that start just now read it, and an empty one does nothing.
         write_text(self.run_dir.slurm / "task.sh", (SHELL / "task.sh").read_text(encoding="utf-8"))
-        executor = self._executor(spec, dependencies, max_parallel_tasks)
+        executor = self._executor(spec, dependencies, max_parallel_tasks, replaces)
         stages, roots = [spec.stage] * len(spec.indices), [str(self.run_dir.root)]
         indices = [str(index) for index in spec.indices]
         # Relative to here go the outputs: a path in an #SBATCH line can't hold every character.
@@ -162,9 +166,13 @@ class Submitter:
         return text
 
     def _executor(
-        self, spec: JobSpec, dependencies: Sequence[str], max_parallel_tasks: int
+        self,
+        spec: JobSpec,
+        dependencies: Sequence[str],
+        max_parallel_tasks: int,
+        replaces: str | None = None,
     ) -> SlurmExecutor:
-        environment = job_environment(self.config, self.run_dir, spec)
+        environment = job_environment(self.config, self.run_dir, spec, replaces)
         words = ("sh", str(self.run_dir.slurm / "task.sh"), environment["TEAMS_HPC_TASK_PYTHON"])
         executor = _Executor(folder=self.run_dir.slurm, python=shlex.join(words))
         options = sbatch_options(self.config, spec)

@@ -25,23 +25,37 @@ def durable_progress(run_dir: RunDir, stage: Stage, index: int) -> object:
     return None
 
 
-def record_start(run_dir: RunDir, config: Config, stage: Stage, index: int) -> None:
+def record_start(
+    run_dir: RunDir, config: Config, stage: Stage, index: int, *, is_first: bool = True
+) -> None:
     """Note that the task was started by this job; refuse when that has led nowhere too often.
 
+    Args:
+        index: The task of the step's first process.
+        is_first: This is that process; the others only count, so that none works on without it.
+
     Raises:
-        WorkError: This job was restarted more than `site.max_restarts_without_progress` times
-            without progress, whatever ended it.
+        WorkError: This job, or those that took over its work one after the other, were started
+            again more than `site.max_restarts_without_progress` times without progress, whatever
+            ended it.
     """
     run_dir.metrics.mkdir(parents=True, exist_ok=True)
     path = run_dir.metrics / f"{task_name(stage, index)}.starts.jsonl"
+    job = os.environ["SLURM_JOB_ID"]
+    own_name = os.environ.get("TEAMS_HPC_JOB", job)
     start = {
-        "job": os.environ["SLURM_JOB_ID"],
+        "job": job,
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        "first_job": os.environ.get("TEAMS_HPC_FIRST_JOB", own_name),
         "progress": durable_progress(run_dir, stage, index),
         "time": time.time(),
     }
-    earlier = [line for line in read_metrics(path) if line["job"] == start["job"]]
-    append_metrics(path, start)
+    earlier = [line for line in read_metrics(path) if line["first_job"] == start["first_job"]]
+    if is_first:
+        append_metrics(path, start)
+    else:
+        own = (start["job"], start["restart"])
+        earlier = [line for line in earlier if (line["job"], line["restart"]) != own]
     in_vain = 0
     for line in reversed(earlier):
         if line["progress"] != start["progress"]:

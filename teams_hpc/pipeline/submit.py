@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from teams_hpc.cluster.slurm import JobState, call_slurm, queued_jobs, scheduler
 from teams_hpc.cluster.submit import Entry, Submitter, job_environment, sbatch_options
 from teams_hpc.config import Config
 from teams_hpc.config.check import input_faults, refuse_faults
-from teams_hpc.errors import UsageError
+from teams_hpc.errors import RunInUseError, UsageError
 from teams_hpc.pipeline.forecast import needed_warning_s
 from teams_hpc.pipeline.graph import Stage, find_stage, stage_graph
 from teams_hpc.pipeline.inputs import is_done, set_aside_outdated
@@ -21,7 +22,11 @@ from teams_hpc.pipeline.retry import begin_retry, wants_retry
 from teams_hpc.pipeline.start import open_run, prepared_run
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.sft.deepspeed_config import deepspeed_config, plan_batch
-from teams_hpc.storage.run_dir import RunDir
+from teams_hpc.storage.lease import Lease
+from teams_hpc.storage.run_dir import RunDir, read_manifest
+
+_QUEUE_PATIENCE_S = 300.0
+"""All tasks of an array may come at once, and each needs seconds."""
 
 
 def all_indices(config: Config, stage: Stage) -> tuple[int, ...]:
@@ -87,13 +92,53 @@ def submit_pipeline(config: Config, entry: Entry, *, rerun_from: str | None = No
     specs = job_specs(config)
     faults = submission_faults(config, RunDir(config.resolved_run_dir))
     refuse_faults(faults or slurm_faults(config, specs))
+    _refuse_to_move_work(config, RunDir(config.resolved_run_dir), rerun_from)
     with prepared_run(config, stop=StopFlag(), rerun_from=rerun_from) as run_dir:
         (run_dir.slurm / "cancelled").unlink(missing_ok=True)
-        submission = _Submission(config, run_dir, entry, queued_jobs())
-        if wants_retry(run_dir, config):
-            submission.refuse_if_at_work("generate")
+        with _one_at_a_time(run_dir, config):
             begin_retry(run_dir, config)
-        return submission.submit_missing()
+            return _Submission(config, run_dir, entry, queued_jobs()).submit_missing()
+
+
+def _refuse_to_move_work(config: Config, run_dir: RunDir, rerun_from: str | None) -> None:
+    """Refuse to set stages aside that jobs wait for or work on: these would be adopted."""
+    graph = stage_graph(config)
+    names = [stage.name for stage in graph]
+    first = None if rerun_from is None else names.index(find_stage(config, rerun_from).name)
+    if first is None:
+        further = [
+            number + 1
+            for number, stage in enumerate(graph)
+            if read_manifest(run_dir, stage.name) and not is_done(run_dir, config, stage)
+        ]
+        if wants_retry(run_dir, config):
+            further.append(names.index("generate"))
+        first = min(further, default=len(names))
+    later = names[first:]
+    records = [record for record in read_records(run_dir) if record.stage in later]
+    if not records or not any(run_dir.stage_dir(name).exists() for name in later):
+        return
+    states = queued_jobs()
+    active = [
+        job
+        for record in records
+        for job in record.task_ids
+        if job in states and states[job].is_active
+    ]
+    if active:
+        raise UsageError(
+            f"{names[first]} and what follows are to be set aside, but jobs of them wait or run "
+            f"({', '.join(active[:5])}); first: teams-hpc cancel {run_dir.root}"
+        )
+
+
+@contextmanager
+def _one_at_a_time(run_dir: RunDir, config: Config) -> Iterator[None]:
+    """Look at the run's jobs and change them while no other process does."""
+    with Lease(run_dir.leases / "queue", config.site.lease_s) as lease:
+        if not lease.acquire_within(_QUEUE_PATIENCE_S):
+            raise RunInUseError(f"another process keeps changing the jobs of {run_dir.root}")
+        yield
 
 
 @dataclass(slots=True)
@@ -115,31 +160,27 @@ class _Submission:
         """Bring every stage of the graph under way; a line for each."""
         return [self._submit_stage(stage) for stage in stage_graph(self.config)]
 
-    def refuse_if_at_work(self, first: str) -> None:
-        """Refuse while jobs of this stage or later ones work: what they read would go.
-
-        Raises:
-            UsageError: Names them.
-        """
-        names = [stage.name for stage in stage_graph(self.config)]
-        later = names[names.index(first) :]
-        tasks = [t for r in read_records(self.run_dir) if r.stage in later for t in r.task_ids]
-        jobs = [t for t in tasks if self._is_active(t) and self.states[t].state != "PENDING"]
-        if jobs:
-            raise UsageError(
-                f"generate.retry_failed: the jobs {', '.join(jobs)} are at work on what would be "
-                "made again; wait for them or cancel them first"
-            )
-
     def replace(self, job: str) -> str:
         """Submit another job for the work of `job`, and let its dependents wait for that one."""
         record, index = self._find_task(job)
-        del self.states[job]
+        self._refuse_unless_running(job)
         stage = find_stage(self.config, record.stage)
         (new,) = self._submit(stage, [index], self._dependencies(stage), replaces=job)
+        if self._is_cancelled():  # in between: `cancel` may have missed the new one
+            call_slurm("scancel", new.job_id)
+            raise UsageError(f"{self.run_dir.root} was cancelled")
         moved = [job for reader in self._readers(stage) for job in self._wait_anew(reader)]
         waiting = f"; waiting for it now: {', '.join(moved)}" if moved else ""
         return f"job {new.job_id} goes on with the work of {job} ({stage.name}){waiting}"
+
+    def _is_cancelled(self) -> bool:
+        return (self.run_dir.slurm / "cancelled").exists()
+
+    def _refuse_unless_running(self, job: str) -> None:
+        """A job that Slurm can't requeue because it was cancelled, or is back already, is over."""
+        state = self.states[job].state if job in self.states else "not in the queue"
+        if state != "RUNNING" or self._is_cancelled():
+            raise UsageError(f"job {job} ({state.lower()}) has no successor: it was ended")
 
     def _submit_stage(self, stage: Stage) -> str:
         if is_done(self.run_dir, self.config, stage):
@@ -148,7 +189,10 @@ class _Submission:
         if self.renewed.intersection(stage.reads):
             self._wait_anew(stage)
         present = {index for indices in self._active(stage).values() for index in indices}
-        missing = [index for index in self._unfinished(stage) if index not in present]
+        unfinished = self._unfinished(stage)
+        if not (unfinished or present):  # all results, but no manifest: any task writes it
+            unfinished = [0]
+        missing = [index for index in unfinished if index not in present]
         said = [f"adopted {len(present)} tasks"] if present else []
         if missing:
             new = self._submit(stage, missing, self._dependencies(stage))
@@ -159,14 +203,21 @@ class _Submission:
     def _active(self, stage: Stage) -> dict[str, tuple[int, ...]]:
         """Jobs of the stage that wait or work, with the indices they stand for.
 
-        An array that is active as a whole goes by its number, else by its tasks that are.
+        An array that is active as a whole goes by its number, else by its tasks that are. A job
+        that has a successor is about to end, and stands for nothing.
         """
         found: dict[str, tuple[int, ...]] = {}
-        for record in read_records(self.run_dir):
+        records = read_records(self.run_dir)
+        replaced = {record.replaces for record in records}
+        for record in records:
             if record.stage != stage.name:
                 continue
             tasks = dict(zip(record.task_ids, record.indices, strict=False))
-            active = {job: (index,) for job, index in tasks.items() if self._is_active(job)}
+            active = {
+                job: (index,)
+                for job, index in tasks.items()
+                if self._is_active(job) and job not in replaced
+            }
             if len(active) == len(tasks):
                 found[record.job_id] = record.indices
             else:
@@ -213,7 +264,7 @@ class _Submission:
         replaces: str | None = None,
     ) -> list[JobRecord]:
         submitter = Submitter(config=self.config, run_dir=self.run_dir, entry=self.entry)
-        most = int(scheduler_settings().get("MaxArraySize", "1001"))
+        most = max(1, int(scheduler_settings().get("MaxArraySize", "1001")))
         chunks = [tuple(indices[at : at + most]) for at in range(0, len(indices), most)]
         parallel = max(1, self.config.site.slurm.max_parallel_tasks // len(chunks))
         records = [
@@ -248,8 +299,11 @@ def prepare_job(config: Config, name: str) -> Iterator[str]:
     spec = job_spec(config, name, all_indices(config, stage))
     faults = submission_faults(config, RunDir(config.resolved_run_dir))
     refuse_faults(faults or slurm_faults(config, [spec]))
+    is_retry = name == "generate" and wants_retry(RunDir(config.resolved_run_dir), config)
+    if is_retry:
+        _refuse_to_move_work(config, RunDir(config.resolved_run_dir), None)
     with prepared_run(config, stop=StopFlag()) as run_dir:
-        if name == "generate":
+        if is_retry:
             begin_retry(run_dir, config)
         run_dir.slurm.mkdir(exist_ok=True, mode=0o700)
         (run_dir.slurm / "cancelled").unlink(missing_ok=True)
@@ -292,4 +346,5 @@ def resubmit_job(root: Path, job: str, entry: Entry) -> str:
         ClusterError: Slurm refused.
     """
     run_dir, config = open_run(root)
-    return _Submission(config, run_dir, entry, queued_jobs()).replace(job)
+    with _one_at_a_time(run_dir, config):
+        return _Submission(config, run_dir, entry, queued_jobs()).replace(job)

@@ -6,7 +6,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from teams_hpc.config import Config
 from teams_hpc.errors import StopRequested, TeamsError
 from teams_hpc.pipeline.graph import Stage, find_stage, task_name
 from teams_hpc.pipeline.inputs import prepare_stage
@@ -65,9 +64,13 @@ def run_task(name: str, root: Path, index: int) -> None:
     setup_logging(ranks, task)
     try:
         with naming_disk_faults(run_dir.root):
-            if in_slurm and ranks.is_first:
-                record_start(run_dir, config, stage, index)
-            _do(run_dir, config, stage, index, stop)
+            if in_slurm:
+                first = index - ranks.rank if stage.form in ("workers", "ranks") else index
+                record_start(run_dir, config, stage, first, is_first=ranks.is_first)
+            prepare_stage(run_dir, config, stage)
+            error_path(run_dir, task).unlink(missing_ok=True)
+            here = staged(config, stage.name) if in_slurm else config
+            stage.load()(run_dir, here, index, stop)
     except StopRequested as request:
         if in_slurm:
             mark_stopped(run_dir, task, str(request))
@@ -97,13 +100,6 @@ def _take_own_gpus(ranks: Ranks) -> None:
     if visible != [""] and ranks.local_world_size > 1 and share:
         own = visible[ranks.local_rank * share : (ranks.local_rank + 1) * share]
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-
-
-def _do(run_dir: RunDir, config: Config, stage: Stage, index: int, stop: StopFlag) -> None:
-    prepare_stage(run_dir, config, stage)
-    error_path(run_dir, task_name(stage, index)).unlink(missing_ok=True)
-    here = staged(config, stage.name) if "SLURM_STEP_ID" in os.environ else config
-    stage.load()(run_dir, here, index, stop)
 
 
 def _write_to_log(run_dir: RunDir, task: str) -> None:

@@ -129,12 +129,13 @@ def _preemption(partition: Partition, settings: dict[str, str]) -> Iterator[Find
         found=f"{mode}, {partition.grace_s} s of grace: {means.get(mode, 'see slurm.conf')}",
         remedy="" if partition.grace_s else "no time to save: the last checkpoint is what is left",
     )
-    if "preempt_send_user_signal" not in " ".join(settings.values()):
+    # SlurmctldParameters=preempt_send_user_signal, by now PreemptParameters=send_user_signal
+    if "send_user_signal" not in " ".join(settings.values()):
         yield Finding(
             level="note",
             what=f"{what} warning",
-            found="preempt_send_user_signal is not set: only TERM is sent",
-            remedy="ask your cluster for it, in SlurmctldParameters",
+            found="send_user_signal is not set: only TERM is sent",
+            remedy="ask your cluster for it, in PreemptParameters (see slurm.conf)",
         )
 
 

@@ -19,8 +19,8 @@ from teams_hpc.generation.outcome import check_balance
 from teams_hpc.generation.worker import generate
 from teams_hpc.llm.base import Completion
 from teams_hpc.llm.template_engine import TemplateEngine
+from teams_hpc.pipeline import submit
 from teams_hpc.pipeline.retry import begin_retry
-from teams_hpc.pipeline.submit import _Submission
 from teams_hpc.rewriting.reviewer import Reviewer
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.retry_folder import close_retry_folder
@@ -266,18 +266,21 @@ def test_several_processes_share_a_retry(tmp_path: Path) -> None:
     assert leftovers(run_dir) == []
 
 
-def test_a_submission_waits_for_jobs_that_read_what_would_be_made_again(tmp_path: Path) -> None:
+def test_a_submission_waits_for_jobs_that_read_what_would_be_made_again(
+    tmp_path: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = RunDir(tmp_path)
-    config = load_resolved(make_run(tmp_path).config)
+    fault.make(run_dir.root, share=24)
+    config = load_resolved(make_run(run_dir.root, generate=AGAIN).config)
     for number, stage in enumerate(("generate", "dataset", "sft"), start=1):
         record = JobRecord(
             job_id=str(number), stage=stage, indices=(0,), is_array=False, submitted=number
         )
         write_record(run_dir, record)
-    states = {"1": "COMPLETED", "2": "RUNNING", "3": "PENDING"}
+    states = {"1": "COMPLETED", "2": "RUNNING"}
     jobs = {job: JobState(job_id=job, state=state) for job, state in states.items()}
-    submission = _Submission(config, run_dir, lambda *_: None, jobs)
-    with pytest.raises(UsageError, match=r"the jobs 2 are at work"):
-        submission.refuse_if_at_work("generate")
+    monkeypatch.setattr(submit, "queued_jobs", lambda: jobs)
+    with pytest.raises(UsageError, match=r"generate and what follows .* \(2\)"):
+        submit._refuse_to_move_work(config, run_dir, None)
     del jobs["2"]
-    submission.refuse_if_at_work("generate")
+    submit._refuse_to_move_work(config, run_dir, None)

@@ -138,8 +138,8 @@ def test_tasks_that_have_no_slurm_commands_are_requeued_by_their_batch_script(
     )
     config, root = write_config(tmp_path), tmp_path / "run"
     python_path = f"{site}:{os.environ.get('PYTHONPATH', '')}"
-    limits = ("site.slurm.stages.policy.time_min=1", "site.slurm.warning_s=45")
-    words = ("policy.iterations=150", "policy.num_envs=32", *limits)
+    limits = ("site.slurm.stages.policy.time_min=1", "site.slurm.warning_s=30")
+    words = ("policy.iterations=200", "policy.num_envs=32", *limits)
     submit(cluster, config, *words, f"site.slurm.environment={{PYTHONPATH: '{python_path}'}}")
     select = records(root, "select")[-1].job_id
     cluster.wait_for(select, "COMPLETED", timeout=240)

@@ -97,7 +97,11 @@ def test_a_preempted_fine_tuning(
 def test_a_fine_tuning_that_reaches_its_time_limit(
     cluster: SlurmCluster, data: Path, undisturbed: tuple[str, list[float]], tmp_path: Path
 ) -> None:
-    limits = ("site.slurm.stages.sft.time_min=1", "site.slurm.warning_s=40")
+    limits = (
+        "site.slurm.stages.sft.time_min=1",
+        "site.slurm.warning_s=35",
+        "site.max_restarts_without_progress=5",  # a busy machine hardly starts within 25 s
+    )
     root = start(cluster, data, tmp_path, *limits)
     assert finish(cluster, root) == undisturbed
     assert restarts(root)[:2] == [0, 1]

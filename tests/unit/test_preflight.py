@@ -254,9 +254,15 @@ def test_run_directories_slurm_or_pickle_cannot_have(slurm: FakeSlurm, make: Mak
     percent, writable = slurm_faults(config, specs_of(config))
     assert "has a % in its path" in percent
     assert "others may write" in writable
+    [backslash] = slurm_faults(make(run_dir="a\\b"), specs_of(config))
+    assert "has a \\ in its path" in backslash
 
 
 def test_a_container_that_is_not_there(slurm: FakeSlurm, make: Make) -> None:
     config = make("site.container={image: /nowhere/x.sif}")
     [fault] = slurm_faults(config, specs_of(config))
     assert fault.startswith("site.container.image: no file or folder /nowhere/x.sif")
+    _, comma = slurm_faults(
+        make("site.container={image: /nowhere/x.sif}", run_dir="a,b"), specs_of(config)
+    )
+    assert "a,b can't be bound" in comma

@@ -83,3 +83,33 @@ def test_ranks_of_a_slurm_step() -> None:
     }
     ranks = read_ranks(environment)
     assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) == (5, 8, 1, 4)
+
+
+def test_successors_of_a_job_count_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, stage = RunDir(tmp_path), find_stage(CONFIG, "policy")
+    monkeypatch.setenv("SLURM_JOB_ID", "9")  # the last task of an array
+    monkeypatch.setenv("TEAMS_HPC_JOB", "7_2")
+    record_start(run_dir, CONFIG, stage, 0)
+    monkeypatch.setenv("TEAMS_HPC_FIRST_JOB", "7_2")
+    for job in ("10", "11"):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("TEAMS_HPC_JOB", job)
+        record_start(run_dir, CONFIG, stage, 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    with pytest.raises(WorkError, match="restarted 3 times without progress"):
+        record_start(run_dir, CONFIG, stage, 0)
+
+
+def test_all_processes_of_a_step_end_with_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, stage = RunDir(tmp_path), find_stage(CONFIG, "generate")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for restart in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        for is_first in (False, True, False):  # in whatever order they come
+            record_start(run_dir, CONFIG, stage, 4, is_first=is_first)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    for is_first in (False, True, False):
+        with pytest.raises(WorkError, match="restarted 3 times"):
+            record_start(run_dir, CONFIG, stage, 4, is_first=is_first)
