@@ -121,6 +121,25 @@ def submit(
         print(line)
 
 
+@app.command()
+def forecast(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    earlier: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RUN_DIR", help="Expect shares, tokens and rates of a run."),
+    ] = None,
+) -> None:
+    """Show what a run will ask of its models: calls, tokens, GPU hours, dollars."""
+    from teams_hpc.config import load_config
+    from teams_hpc.pipeline.start import open_run
+    from teams_hpc.report.call_forecast import forecast_calls, forecast_lines
+
+    loaded = load_config(config, overrides or ())
+    for line in forecast_lines(forecast_calls(loaded, open_run(earlier) if earlier else None)):
+        print(line)
+
+
 @app.command(hidden=True)
 def job(
     name: Annotated[str, typer.Argument(metavar="STAGE")],

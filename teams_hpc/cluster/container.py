@@ -7,7 +7,7 @@ Apptainer takes every option from the environment too, so that batch scripts nee
 from collections.abc import Iterator
 from pathlib import Path
 
-from teams_hpc.config import Config, TransformersEngineConfig
+from teams_hpc.config import Config, LocalEngineConfig
 
 CONTAINER_PYTHON = "python3"
 
@@ -46,7 +46,7 @@ def _needed_paths(config: Config, run_dir: Path) -> Iterator[Path]:
     yield from (path.parent for path in config.dataset.decontaminate)
     for role in ("instructor", "reviewer", "expert"):
         engine = getattr(config, role)
-        if isinstance(engine, TransformersEngineConfig):
+        if isinstance(engine, LocalEngineConfig):
             yield engine.model
     if isinstance(config.sft.model, Path):
         yield config.sft.model

@@ -48,7 +48,8 @@ def job_spec(config: Config, stage: str, indices: tuple[int, ...]) -> JobSpec:
     shape = getattr(slurm.stages, stage)
     ranks = {"generate": site.ranks_per_worker, "sft": site.num_sft_ranks}.get(stage, 1)
     uses_gpus = stage in _GPU_STAGES and site.gpus_per_node > 0
-    nodes = shape.nodes or (-(-ranks // site.gpus_per_node) if uses_gpus else 1)
+    gpus_of_rank = config.gpus_of_process(stage)
+    nodes = shape.nodes or (-(-ranks * gpus_of_rank // site.gpus_per_node) if uses_gpus else 1)
     if ranks % nodes:
         key = "ranks_per_worker" if stage == "generate" else "num_sft_ranks"
         raise ConfigError(
@@ -56,14 +57,14 @@ def job_spec(config: Config, stage: str, indices: tuple[int, ...]) -> JobSpec:
             f"site.slurm.stages.{stage}.nodes to a divisor of {ranks}"
         )
     tasks_per_node = ranks // nodes
-    gpus = shape.gpus_per_node
+    needed = tasks_per_node * gpus_of_rank if uses_gpus else 0
     return JobSpec(
         stage=stage,
         indices=indices,
         nodes=nodes,
         tasks_per_node=tasks_per_node,
         cpus_per_task=shape.cpus_per_task or slurm.cpus_per_task,
-        gpus_per_node=gpus if gpus is not None else tasks_per_node if uses_gpus else 0,
+        gpus_per_node=needed if shape.gpus_per_node is None else shape.gpus_per_node,
         mem_gb=shape.mem_gb or slurm.mem_gb,
         time_min=shape.time_min or slurm.time_min,
         partition=shape.partition or slurm.partition,

@@ -8,8 +8,9 @@ from pathlib import Path
 from teams_hpc.config.schema import (
     Config,
     HttpEngineConfig,
+    LocalEngineConfig,
     SftConfig,
-    TransformersEngineConfig,
+    VllmEngineConfig,
 )
 from teams_hpc.errors import ConfigError
 
@@ -29,7 +30,7 @@ def _model_folder_fault(key: str, folder: Path) -> str | None:
 def _engine_faults(config: Config) -> Iterator[str]:
     for role in _ROLES:
         engine = getattr(config, role)
-        if isinstance(engine, TransformersEngineConfig):
+        if isinstance(engine, LocalEngineConfig):
             fault = _model_folder_fault(f"{role}.model", engine.model)
             if fault:
                 yield fault
@@ -75,6 +76,19 @@ def _executor_faults(config: Config) -> Iterator[str]:
         )
 
 
+def _gpu_faults(config: Config) -> Iterator[str]:
+    """A model that vLLM splits needs as many GPUs on the node where its process runs."""
+    available = config.site.gpus_per_node
+    for role in _ROLES:
+        engine = getattr(config, role)
+        wanted = engine.tensor_parallel_size if isinstance(engine, VllmEngineConfig) else 0
+        if wanted > max(1, available):
+            yield (
+                f"{role}.tensor_parallel_size: {wanted} GPUs, but a node has {available} here; "
+                "lower it, or set site.gpus_per_node"
+            )
+
+
 def _place_faults(config: Config) -> Iterator[str]:
     existing = config.resolved_run_dir
     while not existing.exists():
@@ -89,6 +103,13 @@ def _package_faults(config: Config) -> Iterator[str]:
     flash = _flash_attention_fault(config.sft)
     if flash:
         yield flash
+    for role in _ROLES:
+        is_vllm = isinstance(getattr(config, role), VllmEngineConfig)
+        if is_vllm and not importlib.util.find_spec("vllm"):
+            yield (
+                f"{role}.kind: vllm needs the package vllm, which is not installed; install the "
+                "extra 'vllm', or use transformers or http"
+            )
     if config.evaluate.lm_eval_tasks and not importlib.util.find_spec("lm_eval"):
         yield "evaluate.lm_eval_tasks: needs the package lm-eval; install the extra 'eval'"
 
@@ -100,7 +121,8 @@ def input_faults(config: Config, *, elsewhere: bool = False) -> list[str]:
         config: What is to be run.
         elsewhere: It runs in jobs of its own, and its packages may be in a container.
     """
-    faults = [*_file_faults(config), *_engine_faults(config), *_place_faults(config)]
+    checks = (_file_faults, _engine_faults, _gpu_faults, _place_faults)
+    faults = [fault for check in checks for fault in check(config)]
     if not elsewhere:
         faults += _executor_faults(config)
     if not (elsewhere and config.site.container):

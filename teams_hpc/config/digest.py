@@ -27,8 +27,11 @@ _WHERE_AND_HOW_HARD = frozenset(
                 "max_concurrency",
                 "timeout_s",
                 "max_retries",
+                "tensor_parallel_size",
+                "gpu_memory_utilization",
             )
         ),
+        "generate.retry_failed",
         "sft.micro_batch_rows",
         "sft.offload_optimizer",
         "sft.offload_parameters",

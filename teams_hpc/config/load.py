@@ -27,6 +27,7 @@ _PATH_KEYS = (
     "site.slurm.scratch",
     "site.container.image",
 )
+_WITH_FOLDER = ("transformers", "vllm")
 _MOST_FAULTS = 10
 _DEFAULT_KIND = "template"
 _SHARED_ENGINE_KEYS = frozenset(EngineBase.model_fields)
@@ -201,7 +202,7 @@ def _complete(values: dict[str, Any]) -> None:
     keys += [
         [role, "model"]
         for role in _ROLES
-        if isinstance(values.get(role), dict) and values[role].get("kind") == "transformers"
+        if isinstance(values.get(role), dict) and values[role].get("kind") in _WITH_FOLDER
     ]
     for *sections, last in keys:
         holder: Any = values
@@ -235,7 +236,7 @@ def _section_keys(location: Sequence[str | int]) -> list[str]:
 
 
 def _describe(fault: Mapping[str, Any]) -> str:
-    kinds = {"template", "transformers", "http", "folder", "shape"}
+    kinds = {"template", "transformers", "vllm", "http", "folder", "shape"}
     location = [part for i, part in enumerate(fault["loc"]) if not (i and part in kinds)]
     dotted = ".".join(str(part) for part in location) or "the file"
     if fault["type"] == "extra_forbidden":

@@ -82,6 +82,25 @@ class TransformersEngineConfig(EngineBase):
     threads: Count | None = Field(None, description="torch CPU threads a process; null: torch's")
 
 
+class VllmEngineConfig(EngineBase):
+    """A local model through vLLM (extra `vllm`), on one GPU or split over several."""
+
+    kind: Literal["vllm"] = "vllm"
+    model: Path = Field(description="folder with config.json, safetensors and a tokenizer")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    tensor_parallel_size: Count = Field(1, description="GPUs that one process splits it over")
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.9, description="share of each GPU; lower where another model is on it"
+    )
+    max_model_len: Count | None = Field(
+        None, description="most tokens of a prompt with its reply; null: what the model can"
+    )
+
+
+LocalEngineConfig = TransformersEngineConfig | VllmEngineConfig
+"""Engines that load a model folder in the process that asks them."""
+
+
 class HttpEngineConfig(EngineBase):
     """Any server that speaks the OpenAI chat protocol."""
 
@@ -97,7 +116,7 @@ class HttpEngineConfig(EngineBase):
 
 
 EngineConfig = Annotated[
-    TemplateEngineConfig | TransformersEngineConfig | HttpEngineConfig,
+    TemplateEngineConfig | TransformersEngineConfig | VllmEngineConfig | HttpEngineConfig,
     Field(discriminator="kind"),
 ]
 
@@ -116,6 +135,14 @@ class TransformersReviewerConfig(TransformersEngineConfig):
     )
 
 
+class VllmReviewerConfig(VllmEngineConfig):
+    """A local model through vLLM as reviewer."""
+
+    verdict: Literal["likelihood", "generated"] = Field(
+        "likelihood", description="likelihood of both answers, or (as published) generated text"
+    )
+
+
 class HttpReviewerConfig(HttpEngineConfig):
     """A served model as reviewer: the chat protocol gives no likelihoods of given answers."""
 
@@ -123,7 +150,7 @@ class HttpReviewerConfig(HttpEngineConfig):
 
 
 ReviewerConfig = Annotated[
-    TemplateReviewerConfig | TransformersReviewerConfig | HttpReviewerConfig,
+    TemplateReviewerConfig | TransformersReviewerConfig | VllmReviewerConfig | HttpReviewerConfig,
     Field(discriminator="kind"),
 ]
 
@@ -182,6 +209,9 @@ class GenerateConfig(Section):
     max_words: Count = Field(2048, description="a longer rewrite is eliminated")
     enforce_added_words: bool = Field(
         False, description="eliminate rewrites that don't add 10 to 20 words where they should"
+    )
+    retry_failed: bool = Field(
+        False, description="once done, make the chains with failed rows again, and what follows"
     )
 
 
@@ -295,9 +325,16 @@ class EvaluateConfig(Section):
 
 
 class BudgetConfig(Section):
-    """A brake on spending; not part of the data's identity."""
+    """A brake on spending, and prices to foretell it; not part of the data's identity."""
 
     max_expert_calls: CountOrZero | None = Field(None, description="null: no limit")
+    price_per_million_prompt_tokens: NotNegative | None = Field(
+        None, description="dollars, for `forecast`: tokens read by models behind http"
+    )
+    price_per_million_completion_tokens: NotNegative | None = Field(
+        None, description="dollars, for `forecast`: tokens written by models behind http"
+    )
+    price_per_gpu_hour: NotNegative | None = Field(None, description="dollars, for `forecast`")
 
 
 SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:+-]+$")]
@@ -404,6 +441,14 @@ class SiteConfig(Section):
     container: ContainerConfig | None = None
 
 
+ROLES_OF = {
+    "policy": ("instructor", "reviewer"),
+    "select": ("instructor", "reviewer"),
+    "generate": ("expert", "reviewer"),
+}
+"""The roles that each stage asks."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -428,3 +473,9 @@ class Config(Section):
         if self.run_dir is None:
             raise AssertionError("load_config sets run_dir")
         return self.run_dir
+
+    def gpus_of_process(self, stage: str) -> int:
+        """GPUs that one process of a stage uses, where any do; vLLM may split a model."""
+        engines = (getattr(self, role) for role in ROLES_OF.get(stage, ()))
+        sizes = (e.tensor_parallel_size for e in engines if isinstance(e, VllmEngineConfig))
+        return max(sizes, default=1)

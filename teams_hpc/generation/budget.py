@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from teams_hpc.errors import WorkError
-from teams_hpc.generation.published import unit_number
+from teams_hpc.generation.published import is_published, unit_number
 from teams_hpc.generation.usage import UnitUsage
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.storage.atomic import read_json, remove_leftovers, write_json
@@ -99,7 +99,7 @@ class Budget:
         until = {}
         for path in self._folder.glob("unit-*.json"):
             other = unit_number(path)
-            if other == unit or self.run_dir.shard(other).exists():
+            if other == unit or is_published(self.run_dir, other):
                 continue
             try:
                 until[other] = int(read_json(path)["until"])

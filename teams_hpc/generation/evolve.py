@@ -7,6 +7,7 @@ chains: every choice and every sampler seed is keyed by the record's id.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,6 +40,8 @@ from teams_hpc.storage.shards import Finish, Status
 Row = dict[str, Any]
 Want = Literal["rewrite", "verdict", "answer", "nothing"]
 
+_SAME_REQUEST = ("record_id", "operation", "model", "prompt_hash", "sampler_seed")
+_OF_ANSWER = ("response", "answer_finish", "status", "reason", "detail")
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "error": Finish.ERROR}
 
 
@@ -72,10 +75,17 @@ class Steering:
 
 @dataclass(slots=True)
 class Chain:
-    """One chain in the making; `wants` says what it needs to go on."""
+    """One chain in the making; `wants` says what it needs to go on.
+
+    Args:
+        key: Which chain.
+        steering: What it shares with others.
+        earlier: In a retry, the rows of the earlier attempt by step.
+    """
 
     key: ChainKey
     steering: Steering
+    earlier: Mapping[int, Row] = field(default_factory=dict)
     wants: Want = "nothing"
     rows: list[Row] = field(default_factory=list)
     _instruction: str = ""
@@ -85,6 +95,7 @@ class Chain:
     _row: Row = field(default_factory=dict)
     _rewrite: str = ""
     _is_last_answer: bool = False
+    _answers: dict[str, Row] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._instruction = self.key.seed.instruction
@@ -149,10 +160,57 @@ class Chain:
         else:
             self._end_step(Reason.NONE)
 
+    def recall(self) -> None:
+        """Go on as far as the earlier attempt answers what it wants, request for request.
+
+        A step whose prompt is the same as then is taken over as it was; of one that failed, what
+        had come back before it failed. The rest is asked anew.
+        """
+        while self.wants in ("rewrite", "answer") and self._recall_one():
+            pass
+
     def fail(self, error: str) -> None:
         """End the step: the reviewer could not judge it."""
         self._row["detail"] = error
         self._end_step(Reason.ENGINE_ERROR)
+
+    def _recall_one(self) -> bool:
+        """Whether the earlier attempt had what it wants; then it has been taken."""
+        if self.wants == "answer":
+            answer = self._answers.get(self.record_id) if self._is_last_answer else None
+            if answer is not None:
+                self._row |= answer
+                self.wants = "nothing"
+            return answer is not None
+        earlier = self.earlier.get(self._row["step"])
+        if earlier is None or earlier["rewrite_finish"] in (Finish.NONE, Finish.ERROR):
+            return False
+        self.request()
+        if any(self._row[name] != earlier[name] for name in _SAME_REQUEST):
+            return False
+        self._row = {**earlier, "parent_id": self._row["parent_id"]}
+        if self.steering.settings.answer == "last" and earlier["answer_finish"] != Finish.NONE:
+            self._put_answer_aside()
+        if self._row["status"] != Status.FAILED:
+            self._end_step(REASONS[self._row["reason"]])
+            return True
+        has_verdict = not math.isnan(self._row["verdict_score"])
+        self._row |= {"detail": "", "answer_finish": Finish.NONE}
+        self._row["reason"] = REASONS.index(Reason.NONE)
+        self.wants = "answer" if has_verdict else "verdict"
+        return False
+
+    def _put_answer_aside(self) -> None:
+        """With `answer: last`: make the row what it was before it was answered."""
+        if self._row["answer_finish"] != Finish.ERROR:
+            self._answers[self.record_id] = {name: self._row[name] for name in _OF_ANSWER}
+        self._row |= {
+            "response": "",
+            "answer_finish": Finish.NONE,
+            "status": Status.KEPT,
+            "reason": REASONS.index(Reason.NONE),
+            "detail": "",
+        }
 
     def _begin_step(self) -> None:
         steering, step = self.steering, self._history.step

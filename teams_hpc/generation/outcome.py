@@ -12,6 +12,7 @@ from teams_hpc.generation.published import PublishedLines, PublishedUnits
 from teams_hpc.generation.unit_log import UnitLog
 from teams_hpc.generation.usage import generation_usage
 from teams_hpc.llm.base import Engine
+from teams_hpc.llm.ledger import Ledger
 from teams_hpc.rewriting.elimination import REASONS, Reason
 from teams_hpc.rewriting.operations import (
     FEWEST_ADDED_WORDS,
@@ -88,6 +89,7 @@ def publish_unit(
     rows: Sequence[Row],
     engines: Mapping[str, Any],
     lines: PublishedLines,
+    before: Ledger | None = None,
 ) -> Counts:
     """Give a finished unit its file, with counts and usage; then its journals go.
 
@@ -100,6 +102,7 @@ def publish_unit(
         rows: In chain order, then by step.
         engines: `describe_engine` by role.
         lines: Where the unit is noted for later scans.
+        before: In a retry, what the unit had cost until then; its new file is for later.
 
     Returns:
         Counts of the rows.
@@ -108,14 +111,16 @@ def publish_unit(
         WorkError: The disk is full.
     """
     counts = count_rows(rows)
-    path = run_dir.shard(log.unit)
+    path = run_dir.shard(log.unit) if before is None else run_dir.retried_shard(log.unit)
+    usage = log.usage()
+    usage.merge(before or Ledger())
     attrs = {
         "unit": log.unit,
         "digest": log.digest,
         "counts": counts,
         "length_rule": count_length_rule(rows),
         "engines": dict(engines),
-        "usage": log.usage().to_json(),
+        "usage": usage.to_json(),
         "journals": log.file_names,
     }
     columns = {column.name: [row[column.name] for row in rows] for column in ROW_COLUMNS}

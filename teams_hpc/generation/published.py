@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from teams_hpc.errors import CorruptFileError
 from teams_hpc.storage.journal import new_writer_name
+from teams_hpc.storage.retry_folder import newest_shard, retried_units
 from teams_hpc.storage.run_dir import RunDir
 from teams_hpc.storage.shards import Table
 
@@ -46,14 +48,17 @@ def unit_number(path: Path) -> int:
 
 @dataclass(slots=True)
 class PublishedUnits:
-    """Attributes of published units, remembered: a published unit never changes."""
+    """Attributes of published units, remembered: a published file never changes.
+
+    Of a unit that a retry has made again, the newer file counts.
+    """
 
     run_dir: RunDir
-    _known: dict[int, Attrs] = field(default_factory=dict)
+    _known: dict[Path, Attrs] = field(default_factory=dict)
 
     def units(self) -> list[int]:
-        """The units that are published, ascending."""
-        return sorted(published_units(self.run_dir))
+        """The units that have a file, ascending."""
+        return sorted(_units_in(self.run_dir.shards))
 
     def attrs(self, units: Iterable[int]) -> dict[int, Attrs]:
         """What each of these units says of itself, of the attributes that are copied.
@@ -62,20 +67,41 @@ class PublishedUnits:
             CorruptFileError: A unit's file is missing or damaged.
         """
         wanted = list(units)
-        missing = [unit for unit in wanted if unit not in self._known]
+        paths = {unit: newest_shard(self.run_dir, unit) for unit in wanted}
+        missing = [unit for unit in wanted if paths[unit] not in self._known]
         lines = _read_lines(self.run_dir) if len(missing) > _FEW_UNITS else {}
         for unit in missing:
-            path = self.run_dir.shard(unit)
             line = lines.get(unit)
-            is_current = line is not None and line[0] == _stamp(path)
-            self._known[unit] = line[1] if line and is_current else _attrs_of(path)
-        return {unit: self._known[unit] for unit in wanted}
+            is_current = line is not None and line[0] == _stamp(paths[unit])
+            self._known[paths[unit]] = line[1] if line and is_current else self._read(unit)
+        return {unit: self._known[paths[unit]] for unit in wanted}
+
+    def _read(self, unit: int) -> Attrs:
+        path = newest_shard(self.run_dir, unit)
+        try:
+            return _attrs_of(path)
+        except CorruptFileError:
+            if path.exists():
+                raise
+        return _attrs_of(self.run_dir.shard(unit))  # the retry was finished just now
 
 
 def published_units(run_dir: RunDir) -> set[int]:
-    """The units that are published, from the names of files alone."""
+    """The units that are done, from the names of files alone; in a retry, those done anew."""
+    units = _units_in(run_dir.shards)
+    again = retried_units(run_dir)
+    return (units - again) | (again & _units_in(run_dir.retry)) if again else units
+
+
+def is_published(run_dir: RunDir, unit: int) -> bool:
+    """Whether one unit is done."""
+    again = unit in retried_units(run_dir)
+    return (run_dir.retried_shard(unit) if again else run_dir.shard(unit)).exists()
+
+
+def _units_in(folder: Path) -> set[int]:
     try:
-        names = os.listdir(run_dir.shards)  # noqa: PTH208 (ten thousand paths take their time)
+        names = os.listdir(folder)  # noqa: PTH208 (ten thousand paths take their time)
     except FileNotFoundError:
         return set()
     is_unit = (name.startswith("unit-") and name.endswith(".h5") for name in names)
@@ -91,7 +117,7 @@ class PublishedLines:
 
     def add(self, unit: int, attrs: Attrs) -> None:
         """Note a published unit; a disk that takes no more is not an error here."""
-        stamp = _stamp(self.run_dir.shard(unit))
+        stamp = _stamp(newest_shard(self.run_dir, unit))
         if stamp is None:
             return
         copied = {key: attrs[key] for key in _COPIED if key in attrs}

@@ -37,8 +37,7 @@ class UnitRunner:
             ClaimLost: The unit is another's now.
             WorkError: As `Calls.step`.
         """
-        for chain in self.chains:
-            self._ask(chain)
+        self._go_on(self.chains)
         while self.calls.num_pending:
             if self.stop.is_set:
                 self.calls.drain(self._take, _DRAIN_S)
@@ -57,12 +56,23 @@ class UnitRunner:
         fed = [self._waiting.pop(completion.id) for completion in completions]
         for chain, completion in zip(fed, completions, strict=True):
             chain.take_completion(completion)
-        judged = [chain for chain in fed if chain.wants == "verdict"]
-        verdicts = self.calls.judge([chain.pair() for chain in judged])
-        for chain, (p_not_equal, is_parsed, error) in zip(judged, verdicts, strict=True):
+        self._go_on(fed)
+
+    def _go_on(self, chains: Sequence[Chain]) -> None:
+        """Let chains judge what they have to, and ask what they want then."""
+        for chain in chains:
+            chain.recall()
+        while judged := [chain for chain in chains if chain.wants == "verdict"]:
+            self._judge(judged)
+            for chain in judged:  # a retry may know the next rewrite, but not its verdict
+                chain.recall()
+        for chain in chains:
+            self._ask(chain)
+
+    def _judge(self, chains: Sequence[Chain]) -> None:
+        verdicts = self.calls.judge([chain.pair() for chain in chains])
+        for chain, (p_not_equal, is_parsed, error) in zip(chains, verdicts, strict=True):
             if error:
                 chain.fail(error)
             else:
                 chain.take_verdict(Verdict(p_not_equal=p_not_equal, is_parsed=is_parsed))
-        for chain in fed:
-            self._ask(chain)

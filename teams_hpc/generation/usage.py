@@ -7,7 +7,10 @@ from teams_hpc.generation.published import PublishedUnits
 from teams_hpc.generation.unit_log import journal_usage
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.storage.journal import Journal, journal_paths, read_journal, unit_of
+from teams_hpc.storage.retry_folder import read_retry_plan
 from teams_hpc.storage.run_dir import RunDir
+
+_NO_UNIT = -1
 
 
 @dataclass(slots=True)
@@ -16,6 +19,7 @@ class UnitUsage:
 
     A finished unit carries the usage of the journals it names. A journal it does not name was
     written by a process that had lost its claim and did not know it yet: paid for all the same.
+    In a retry these are of the first attempt, remembered by its plan, and of units in progress.
     """
 
     run_dir: RunDir
@@ -37,6 +41,9 @@ class UnitUsage:
             late = [one for one in journals.pop(unit, []) if one.path.name not in attrs["journals"]]
             found[unit].merge(journal_usage(late))
         found.update((unit, journal_usage(group)) for unit, group in journals.items())
+        retry = read_retry_plan(self.run_dir)
+        if retry is not None:
+            found[_NO_UNIT] = Ledger.from_json(retry["usage_of_no_unit"])
         return found
 
 

@@ -10,11 +10,23 @@ from teams_hpc.config import Config
 from teams_hpc.errors import BudgetError, CorruptFileError, EngineError
 from teams_hpc.generation.budget import Budget
 from teams_hpc.generation.calls import CallDigests, Calls, ClaimLost, fixed_batch_size
-from teams_hpc.generation.evolve import Chain, Steering
+from teams_hpc.generation.evolve import Chain, Row, Steering
 from teams_hpc.generation.outcome import Counts, describe_engine, publish_unit, write_outcome
 from teams_hpc.generation.plan import Plan, settle_plan
-from teams_hpc.generation.published import PublishedLines, clear_lines, published_units
+from teams_hpc.generation.published import (
+    PublishedLines,
+    clear_lines,
+    is_published,
+    published_units,
+)
 from teams_hpc.generation.queue import Claim, Outlook, UnitQueue
+from teams_hpc.generation.retry import (
+    Retry,
+    chains_to_retry,
+    replace_units,
+    settle_retry,
+    usage_before,
+)
 from teams_hpc.generation.shared_engine import EnginePort, share_engine
 from teams_hpc.generation.unit import UnitRunner
 from teams_hpc.generation.unit_log import UnitLog
@@ -36,6 +48,7 @@ from teams_hpc.runtime.step import Step, joined_step
 from teams_hpc.storage.atomic import naming_disk_faults, read_json, remove_leftovers
 from teams_hpc.storage.journal import journal_paths
 from teams_hpc.storage.lease import Lease
+from teams_hpc.storage.retry_folder import close_retry_folder
 from teams_hpc.storage.run_dir import RunDir, read_manifest
 from teams_hpc.storage.shards import Finish
 
@@ -69,7 +82,7 @@ def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> Non
     with joined as step, naming_disk_faults(run_dir.generate):
         stop.others = step.is_asked_to_stop
         plan = settle_plan(run_dir, config)
-        worker = _Worker(run_dir, config, plan, step, stop)
+        worker = _Worker(run_dir, config, plan, settle_retry(run_dir, plan), step, stop)
         num_workers = config.site.num_workers * config.site.ranks_per_worker
         try:
             worker.work(first=index * plan.num_units // num_workers % plan.num_units)
@@ -146,6 +159,7 @@ class _Worker:
     run_dir: RunDir
     config: Config
     plan: Plan
+    retry: Retry | None
     step: Step
     stop: StopFlag
     _equipment: _Equipment | None = None
@@ -176,7 +190,7 @@ class _Worker:
             leases=self.run_dir.leases,
             lease_s=self.config.site.lease_s,
             published=lambda: published_units(self.run_dir),
-            is_published=lambda unit: self.run_dir.shard(unit).exists(),
+            is_published=lambda unit: is_published(self.run_dir, unit),
             fits=self._may_fit,
         )
         while (found := self._queue.take(self._check_stop)) is not Outlook.DONE:
@@ -243,6 +257,8 @@ class _Worker:
         """Expert calls the unit needs at most, none of them durable yet."""
         steps = self.plan.num_steps
         num_chains = self.plan.num_rows_of(unit) // steps
+        if self.retry is not None:
+            num_chains = self.retry.failed_chains[unit]
         return num_chains * (2 * steps if self.config.generate.answer == "every" else steps + 1)
 
     def _run(self, log: UnitLog, claim: Claim, equipment: _Equipment) -> Counts:
@@ -250,7 +266,7 @@ class _Worker:
             if not (log.is_there and claim.is_held()):
                 raise ClaimLost
 
-        chains = [Chain(key, equipment.steering) for key in self.plan.chains_of(log.unit)]
+        chains, rows_of_chains = self._chains(log.unit, equipment.steering)
         calls = Calls(
             log=log,
             expert=equipment.expert,
@@ -261,10 +277,18 @@ class _Worker:
         )
         where = f"part of unit {log.unit} of {self.plan.num_units}"
         UnitRunner(chains=chains, calls=calls, stop=self.stop, what=where).run()
-        rows = [row for chain in chains for row in chain.rows]
+        rows = [row for of_chain in rows_of_chains for row in of_chain]
         self._refuse_dead_engine(log.unit, rows)
+        before = usage_before(self.run_dir, log.unit) if self.retry is not None else None
         check_claim()
-        return publish_unit(self.run_dir, log, rows, equipment.engines(), self._lines)
+        return publish_unit(self.run_dir, log, rows, equipment.engines(), self._lines, before)
+
+    def _chains(self, unit: int, steering: Steering) -> tuple[list[Chain], list[list[Row]]]:
+        """Chains to be made, and where the rows of all chains of the unit will be."""
+        if self.retry is not None:
+            return chains_to_retry(self.run_dir, self.plan, unit, steering)
+        chains = [Chain(key, steering) for key in self.plan.chains_of(unit)]
+        return chains, [chain.rows for chain in chains]
 
     def _refuse_dead_engine(self, unit: int, rows: list[dict[str, object]]) -> None:
         """Stop early, with nothing published, if the expert has never answered anything.
@@ -304,11 +328,15 @@ class _Worker:
                 time.sleep(_POLL_S)
             if read_manifest(self.run_dir, "generate") is None:
                 self._clear()
+                if self.retry is not None:
+                    replace_units(self.run_dir, self.retry)
                 counts = write_outcome(self.run_dir, self.plan, self._digest)
                 self._show_progress(counts)
                 # Only now: the manifest has counted what late ones among them cost.
                 for path in journal_paths(self.run_dir.journal):
                     path.unlink(missing_ok=True)
+                if self.retry is not None:
+                    close_retry_folder(self.run_dir)
             clear_lines(self.run_dir)  # a worker may come here after its unit was counted
 
     def _clear(self) -> None:
@@ -319,7 +347,7 @@ class _Worker:
             lease = Lease(path, self.config.site.lease_s)
             if lease.acquire():  # its holder is gone
                 lease.release()
-        for folder in (self.run_dir.generate, self.run_dir.shards):
+        for folder in (self.run_dir.generate, self.run_dir.shards, self.run_dir.retry):
             remove_leftovers(folder)
         for name in ("block-", "budget", "generate-finish"):
             for path in leases.glob(f".*{name}*.tmp"):

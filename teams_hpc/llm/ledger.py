@@ -48,6 +48,16 @@ class Ledger:
         for (role, model), usage in other.rows.items():
             self.of(role, model).add(usage)
 
+    def minus(self, other: "Ledger") -> "Ledger":
+        """What is in this one beyond another that is part of it."""
+        rest = Ledger()
+        for key, usage in self.rows.items():
+            part = other.rows.get(key, Usage())
+            left = {name: getattr(usage, name) - getattr(part, name) for name in Usage.__slots__}
+            if any(left.values()):
+                rest.rows[key] = Usage(**left)
+        return rest
+
     def total(self, role: RoleName) -> Usage:
         """Usage of one role over all models."""
         total = Usage()

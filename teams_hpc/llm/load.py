@@ -5,6 +5,7 @@ from teams_hpc.config.schema import (
     HttpEngineConfig,
     ReviewerConfig,
     TransformersEngineConfig,
+    VllmEngineConfig,
 )
 from teams_hpc.llm.base import Engine
 
@@ -19,6 +20,10 @@ def load_engine(config: EngineConfig | ReviewerConfig) -> Engine:
         from teams_hpc.llm.transformers_engine import TransformersEngine
 
         return TransformersEngine(config)
+    if isinstance(config, VllmEngineConfig):
+        from teams_hpc.llm.vllm_engine import VllmEngine
+
+        return VllmEngine(config)
     if isinstance(config, HttpEngineConfig):
         from teams_hpc.llm.http_engine import HttpEngine
 

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from teams_hpc.config.schema import TransformersEngineConfig
 from teams_hpc.errors import EngineError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_OPTIONS = {"local_files_only": True, "trust_remote_code": False}
 _WHAT_IT_TAKES = "it must hold config.json, a tokenizer and all weights as safetensors"
 
 
@@ -42,31 +44,36 @@ def enough_memory(config: TransformersEngineConfig) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def _naming_faults(folder: Path) -> Iterator[None]:
+    """Turn what loading a folder raises into one message."""
+    if not folder.is_dir():
+        raise EngineError(f"{folder} is no folder; {_WHAT_IT_TAKES}")
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EngineError(
+            f"can't load the model in {folder}: {reason} ({_WHAT_IT_TAKES})"
+        ) from None
+
+
 def load_model(config: TransformersEngineConfig, device: torch.device) -> tuple[Any, Any]:
     """Tokenizer and model, ready for inference; code that a folder brings along is never run.
 
     Raises:
         EngineError: The folder holds no whole model.
     """
-    if not config.model.is_dir():
-        raise EngineError(f"{config.model} is no folder; {_WHAT_IT_TAKES}")
-    options = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        with enough_memory(config):
-            tokenizer = AutoTokenizer.from_pretrained(config.model, **options)
-            model, found = AutoModelForCausalLM.from_pretrained(
-                config.model,
-                dtype=_DTYPES[config.dtype],
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-            model = model.to(device).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EngineError(
-            f"can't load the model in {config.model}: {reason} ({_WHAT_IT_TAKES})"
-        ) from None
+    with _naming_faults(config.model), enough_memory(config):
+        tokenizer = AutoTokenizer.from_pretrained(config.model, **_OPTIONS)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            dtype=_DTYPES[config.dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            **_OPTIONS,
+        )
+        model = model.to(device).eval()
     # transformers gives tensors that are not there random values.
     missing = sorted(found["missing_keys"])
     if missing:
@@ -77,13 +84,44 @@ def load_model(config: TransformersEngineConfig, device: torch.device) -> tuple[
     return tokenizer, model
 
 
-def stop_ids(tokenizer: Any, model: Any) -> frozenset[int]:
-    """Tokens that end a reply: those of the tokenizer and of the generation config."""
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        EngineError: The folder holds none that loads.
+    """
+    with _naming_faults(folder):
+        return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
+
+
+def stop_ids(tokenizer: Any, generation_config: Any, folder: Path) -> frozenset[int]:
+    """Tokens that end a reply: those of the tokenizer and of the generation config.
+
+    Raises:
+        EngineError: There is none.
+    """
     found: set[int] = set()
-    for ids in (tokenizer.eos_token_id, model.generation_config.eos_token_id):
+    for ids in (tokenizer.eos_token_id, generation_config.eos_token_id):
         if ids is not None:
             found.update(ids if isinstance(ids, list) else [ids])
+    if not found:
+        raise EngineError(f"{folder} names no end-of-text token; add it to its config")
     return frozenset(found)
+
+
+def folder_stop_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
+    """`stop_ids` of a model that isn't loaded here.
+
+    Raises:
+        EngineError: The folder names none.
+    """
+    with _naming_faults(folder):
+        if (folder / "generation_config.json").is_file():
+            settings = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        else:
+            config = AutoConfig.from_pretrained(folder, **_OPTIONS)
+            settings = GenerationConfig.from_model_config(config)
+    return stop_ids(tokenizer, settings, folder)
 
 
 def pad_id(tokenizer: Any, model: Any, stops: frozenset[int]) -> int:

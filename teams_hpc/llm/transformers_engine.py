@@ -4,9 +4,6 @@ Sampling is keyed: each request draws its own noise from its seed and the positi
 trick), so what it is batched with does not change which token is drawn. In float32 on a CPU with
 `batching: fixed` that is exact; in bfloat16 or on a GPU the logits themselves may depend on the
 batch, and results are statistical.
-
-A tokenizer without a chat template (base models) gets a plain format: the messages one after the
-other, then "Answer:".
 """
 
 from collections.abc import Sequence
@@ -16,8 +13,8 @@ import torch
 
 from teams_hpc.config.digest import model_content_id
 from teams_hpc.config.schema import TransformersEngineConfig
-from teams_hpc.errors import EngineError
-from teams_hpc.llm.base import Completion, Exactness, Message, Request, Score, ScoreRequest
+from teams_hpc.llm.base import Completion, Exactness, Request, Score, ScoreRequest
+from teams_hpc.llm.chat_text import ChatText
 from teams_hpc.llm.local_model import enough_memory, find_device, load_model, pad_id, stop_ids
 from teams_hpc.llm.sampling import next_tokens
 
@@ -37,13 +34,16 @@ class TransformersEngine:
             torch.set_num_threads(config.threads)
         self._config = config
         self._device = find_device(config.device)
-        self._tokenizer, self._model = load_model(config, self._device)
+        tokenizer, self._model = load_model(config, self._device)
         self._content_id = model_content_id(config.model)
-        self._stop_ids = stop_ids(self._tokenizer, self._model)
-        if not self._stop_ids:
-            raise EngineError(f"{config.model} names no end-of-text token; add it to its config")
-        self._pad_id = pad_id(self._tokenizer, self._model, self._stop_ids)
-        self._longest = int(self._model.config.max_position_embeddings)
+        stops = stop_ids(tokenizer, self._model.generation_config, config.model)
+        self._pad_id = pad_id(tokenizer, self._model, stops)
+        self._chat = ChatText(
+            tokenizer=tokenizer,
+            stop_ids=stops,
+            longest=int(self._model.config.max_position_embeddings),
+            model=config.model,
+        )
         self._pending: list[tuple[Request, list[int]]] = []
 
     @property
@@ -68,7 +68,7 @@ class TransformersEngine:
         return len(self._pending)
 
     def add(self, request: Request) -> None:
-        self._pending.append((request, self._encode(request.messages)))
+        self._pending.append((request, self._chat.encode(request.messages)))
 
     def step(self) -> list[Completion]:
         """One batch of the shortest prompts; with `fixed` all that is pending, batch by batch."""
@@ -79,10 +79,10 @@ class TransformersEngine:
         done: list[Completion] = []
         fitting = []
         for request, prompt in taken:
-            if len(prompt) < self._longest:
+            if len(prompt) < self._chat.longest:
                 fitting.append((request, prompt))
             else:
-                done.append(self._too_long(request, prompt))
+                done.append(self._chat.too_long(request, len(prompt)))
         for start in range(0, len(fitting), size):
             with enough_memory(self._config):
                 done += self._complete(fitting[start : start + size])
@@ -94,7 +94,7 @@ class TransformersEngine:
         Raises:
             EngineError: A prompt is too long for the model.
         """
-        encoded = [self._encode_options(request) for request in requests]
+        encoded = [self._chat.encode_options(request) for request in requests]
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]))
         scores: dict[int, Score] = {}
         for start in range(0, len(order), self._config.batch_size):
@@ -114,62 +114,6 @@ class TransformersEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _text(self, messages: Sequence[Message]) -> str:
-        """The prompt, ready for the assistant's reply."""
-        if self._tokenizer.chat_template is None:
-            return "\n\n".join([*(message.content for message in messages), "Answer:"])
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        text: str = self._tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
-        return text
-
-    def _tokens(self, text: str) -> list[int]:
-        # A chat template writes its own special tokens; elsewhere the tokenizer adds them.
-        has_template = self._tokenizer.chat_template is not None
-        ids: list[int] = self._tokenizer(text, add_special_tokens=not has_template)["input_ids"]
-        if not has_template and ids and ids[-1] in self._stop_ids:
-            ids = ids[:-1]
-        return ids
-
-    def _encode(self, messages: Sequence[Message]) -> list[int]:
-        return self._tokens(self._text(messages))
-
-    def _encode_options(self, request: ScoreRequest) -> tuple[list[int], list[list[int]]]:
-        """What all options share, and the rest of each, end of turn included.
-
-        Prompt and option are tokenised together, since tokens may merge where they meet.
-        """
-        prompt = self._text(request.messages)
-        separator = "" if self._tokenizer.chat_template is not None else " "
-        end = [min(self._stop_ids) if self._eos is None else self._eos]
-        whole = [self._tokens(prompt + separator + option) + end for option in request.options]
-        shared = min(len(self._tokens(prompt)), *(len(ids) - 1 for ids in whole))
-        while any(ids[:shared] != whole[0][:shared] for ids in whole):
-            shared -= 1
-        longest = max(len(ids) for ids in whole)
-        if longest > self._longest:
-            raise EngineError(
-                f"a prompt to be judged has {longest} tokens, more than the {self._longest} "
-                f"positions of {self._config.model}; use a reviewer with a longer context"
-            )
-        return whole[0][:shared], [ids[shared:] for ids in whole]
-
-    @property
-    def _eos(self) -> int | None:
-        eos: int | None = self._tokenizer.eos_token_id
-        return eos
-
-    def _too_long(self, request: Request, prompt: list[int]) -> Completion:
-        return Completion(
-            id=request.id,
-            text="",
-            finish_reason="error",
-            prompt_tokens=len(prompt),
-            completion_tokens=0,
-            error=f"the prompt has {len(prompt)} tokens, the model {self._longest} positions",
-        )
-
     def _pad_left(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask, (batch, longest prompt)."""
         width = max(len(prompt) for prompt in prompts)
@@ -186,7 +130,8 @@ class TransformersEngine:
         seeds = [request.seed for request, _ in batch]
         ids, mask = self._pad_left(prompts)
         # Rows that reached their limit are cut below; the longest prompt sets the number of steps.
-        limits = [min(self._config.max_tokens, self._longest - len(prompt)) for prompt in prompts]
+        most, longest = self._config.max_tokens, self._chat.longest
+        limits = [min(most, longest - len(prompt)) for prompt in prompts]
         generated: list[list[int]] = [[] for _ in batch]
         open_rows = set(range(len(batch)))
         cache: Any = None
@@ -204,7 +149,7 @@ class TransformersEngine:
             for row, token in enumerate(chosen.tolist()):
                 if row in open_rows:
                     generated[row].append(token)
-                    if token in self._stop_ids or len(generated[row]) >= limits[row]:
+                    if token in self._chat.stop_ids or len(generated[row]) >= limits[row]:
                         open_rows.discard(row)
             if not open_rows:
                 break
@@ -212,7 +157,7 @@ class TransformersEngine:
             mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
             positions = positions[:, -1:] + 1
         return [
-            self._completion(request, prompt, tokens)
+            self._chat.completion(request, len(prompt), tokens)
             for (request, prompt), tokens in zip(batch, generated, strict=True)
         ]
 
@@ -236,17 +181,6 @@ class TransformersEngine:
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=num_logits,
-        )
-
-    def _completion(self, request: Request, prompt: list[int], tokens: list[int]) -> Completion:
-        is_stopped = bool(tokens) and tokens[-1] in self._stop_ids
-        kept = tokens[:-1] if is_stopped else tokens
-        return Completion(
-            id=request.id,
-            text=self._tokenizer.decode(kept, skip_special_tokens=True),
-            finish_reason="stop" if is_stopped else "length",
-            prompt_tokens=len(prompt),
-            completion_tokens=len(tokens),
         )
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ from teams_hpc.config.check import check_inputs
 from teams_hpc.errors import WorkError
 from teams_hpc.pipeline.graph import Stage, stage_graph, task_name
 from teams_hpc.pipeline.inputs import is_done, prepare_stage, set_aside_outdated
+from teams_hpc.pipeline.retry import begin_retry
 from teams_hpc.pipeline.start import prepared_run
 from teams_hpc.pipeline.task import error_path
 from teams_hpc.runtime.metrics import append_metrics
@@ -44,6 +45,7 @@ def run_pipeline(
     """
     check_inputs(config)
     with prepared_run(config, stop=stop, rerun_from=rerun_from) as run_dir:
+        begin_retry(run_dir, config)
         for stage in stage_graph(config):
             _run_stage(run_dir, config, stage, observer, stop)
     return run_dir
@@ -110,7 +112,9 @@ def stage_tasks(run_dir: RunDir, config: Config, stage: Stage) -> list[Task]:
         if stage.form == "ranks":
             environment |= {"RANK": str(index), "LOCAL_RANK": str(index)}
         elif config.site.gpus_per_node:
-            environment["CUDA_VISIBLE_DEVICES"] = _visible_device(index, config.site.gpus_per_node)
+            environment["CUDA_VISIBLE_DEVICES"] = _visible_devices(
+                index, config.site.gpus_per_node, config.gpus_of_process(stage.name)
+            )
         argv = (sys.executable, "-m", "teams_hpc", "stage", stage.name, str(run_dir.root))
         tasks.append(
             Task(
@@ -123,11 +127,13 @@ def stage_tasks(run_dir: RunDir, config: Config, stage: Stage) -> list[Task]:
     return tasks
 
 
-def _visible_device(index: int, num_gpus: int) -> str:
-    """The GPU of worker `index`, out of those this process may see."""
+def _visible_devices(index: int, num_gpus: int, count: int) -> str:
+    """The GPUs of worker `index`, out of those this process may see; `count` where there are."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(number) for number in range(num_gpus)]
-    return devices[index % min(num_gpus, len(devices))]
+    devices = devices[:num_gpus]
+    first = index % max(1, len(devices) // count) * count
+    return ",".join(devices[first : first + count])
 
 
 def _rendezvous(world_size: int) -> dict[str, str]:

@@ -6,7 +6,8 @@ import shutil
 import time
 from pathlib import Path
 
-from teams_hpc.config import Config, TransformersEngineConfig
+from teams_hpc.config import Config, LocalEngineConfig
+from teams_hpc.config.schema import ROLES_OF
 from teams_hpc.storage.lease import Lease
 
 _log = logging.getLogger(__name__)
@@ -23,20 +24,13 @@ def staged(config: Config, stage: str) -> Config:
         return config
     scratch = Path(os.environ["TMPDIR"])
     update: dict[str, object] = {}
-    for role in _ROLES_OF.get(stage, ()):
+    for role in ROLES_OF.get(stage, ()):
         engine = getattr(config, role)
-        if isinstance(engine, TransformersEngineConfig):
+        if isinstance(engine, LocalEngineConfig):
             update[role] = engine.model_copy(update={"model": _copied(engine.model, scratch)})
     if stage == "sft" and isinstance(config.sft.model, Path):
         update["sft"] = config.sft.model_copy(update={"model": _copied(config.sft.model, scratch)})
     return config.model_copy(update=update)
-
-
-_ROLES_OF = {
-    "policy": ("instructor", "reviewer"),
-    "select": ("instructor", "reviewer"),
-    "generate": ("expert", "reviewer"),
-}
 
 
 def _copied(model: Path, scratch: Path) -> Path:

@@ -18,7 +18,7 @@ def durable_progress(run_dir: RunDir, stage: Stage, index: int) -> object:
         path = run_dir.member(index) / "metrics.jsonl"
         return path.stat().st_size if path.exists() else 0
     if stage.name == "generate":
-        folders = (run_dir.shards, run_dir.journal)
+        folders = (run_dir.shards, run_dir.retry, run_dir.journal)
         return sum(path.stat().st_size for folder in folders for path in folder.glob("*"))
     if stage.name == "sft":
         return max((path.name for path in run_dir.checkpoints.glob("step-*")), default="")

@@ -18,6 +18,7 @@ from teams_hpc.errors import RunInUseError, UsageError
 from teams_hpc.pipeline.forecast import needed_warning_s
 from teams_hpc.pipeline.graph import Stage, find_stage, stage_graph
 from teams_hpc.pipeline.inputs import is_done, set_aside_outdated
+from teams_hpc.pipeline.retry import begin_retry, wants_retry
 from teams_hpc.pipeline.start import open_run, prepared_run
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.sft.deepspeed_config import deepspeed_config, plan_batch
@@ -95,6 +96,7 @@ def submit_pipeline(config: Config, entry: Entry, *, rerun_from: str | None = No
     with prepared_run(config, stop=StopFlag(), rerun_from=rerun_from) as run_dir:
         (run_dir.slurm / "cancelled").unlink(missing_ok=True)
         with _one_at_a_time(run_dir, config):
+            begin_retry(run_dir, config)
             return _Submission(config, run_dir, entry, queued_jobs()).submit_missing()
 
 
@@ -109,6 +111,8 @@ def _refuse_to_move_work(config: Config, run_dir: RunDir, rerun_from: str | None
             for number, stage in enumerate(graph)
             if read_manifest(run_dir, stage.name) and not is_done(run_dir, config, stage)
         ]
+        if wants_retry(run_dir, config):
+            further.append(names.index("generate"))
         first = min(further, default=len(names))
     later = names[first:]
     records = [record for record in read_records(run_dir) if record.stage in later]
@@ -295,7 +299,12 @@ def prepare_job(config: Config, name: str) -> Iterator[str]:
     spec = job_spec(config, name, all_indices(config, stage))
     faults = submission_faults(config, RunDir(config.resolved_run_dir))
     refuse_faults(faults or slurm_faults(config, [spec]))
+    is_retry = name == "generate" and wants_retry(RunDir(config.resolved_run_dir), config)
+    if is_retry:
+        _refuse_to_move_work(config, RunDir(config.resolved_run_dir), None)
     with prepared_run(config, stop=StopFlag()) as run_dir:
+        if is_retry:
+            begin_retry(run_dir, config)
         run_dir.slurm.mkdir(exist_ok=True, mode=0o700)
         (run_dir.slurm / "cancelled").unlink(missing_ok=True)
         for variable, value in job_environment(config, run_dir, spec).items():

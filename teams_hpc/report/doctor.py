@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from teams_hpc.config import Config, TransformersEngineConfig
+from teams_hpc.config import Config, LocalEngineConfig
 from teams_hpc.config.check import input_faults
 from teams_hpc.errors import TeamsError
 from teams_hpc.pipeline.forecast import num_parameters
@@ -28,6 +28,7 @@ _PACKAGES = (
     ("sb3-contrib", "policy training", True),
     ("h5py", "generation, data set", True),
     ("flash-attn", "flash attention on GPUs: extra 'flash'", False),
+    ("vllm", "kind vllm: extra 'vllm'", False),
     ("lm-eval", "ARC, HellaSwag: extra 'eval'", False),
 )
 _LOW_DISK_GB = 5.0
@@ -125,7 +126,7 @@ def _config_findings(config: Config) -> Iterator[Finding]:
         yield Finding(level="ok", what="seeds", found=found)
     for role in ("instructor", "reviewer", "expert"):
         engine = getattr(config, role)
-        model = f" {engine.model}" if isinstance(engine, TransformersEngineConfig) else ""
+        model = f" {engine.model}" if isinstance(engine, LocalEngineConfig) else ""
         is_grammar = engine.kind == "template"
         yield Finding(
             level="note" if is_grammar else "ok",

@@ -86,6 +86,18 @@ class RunDir:
         return self.shards / f"unit-{unit:05d}.h5"
 
     @property
+    def retry(self) -> Path:
+        """What a retry of failed rows has made so far; goes when it is done."""
+        return self.generate / "retry"
+
+    @property
+    def retry_plan(self) -> Path:
+        return self.retry / "plan.json"
+
+    def retried_shard(self, unit: int) -> Path:
+        return self.retry / f"unit-{unit:05d}.h5"
+
+    @property
     def dataset(self) -> Path:
         return self.root / "dataset"
 

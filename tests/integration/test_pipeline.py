@@ -1,5 +1,6 @@
 """The whole pipeline through the real command: one run, resumed runs, killed runs, changed runs."""
 
+import hashlib
 import json
 import os
 import random
@@ -9,8 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from chat_server import ChatServer, chat_server
+
+from teams_hpc.config import load_config
+from teams_hpc.pipeline.start import open_run
+from teams_hpc.report.call_forecast import forecast_calls
+from teams_hpc.report.usage import collect_usage
 
 TINY = """
 name: tiny
@@ -106,6 +114,28 @@ def test_every_stage_leaves_a_manifest_and_verify_agrees(finished: Path) -> None
     assert [line["state"] for line in status["stages"]] == ["done"] * len(STAGES)
     assert not status["is_running"]
     assert status["expert_calls"] > 0
+
+
+def test_a_forecast_at_most_is_never_below_what_was_used(finished: Path) -> None:
+    run_dir, config = open_run(finished / "runs" / "tiny")
+    found = forecast_calls(load_config(finished / "tiny.yaml"))
+    used = collect_usage(run_dir)
+    assert {line.ask.stage for line in found.lines} == used.keys()
+    assert len(used) == 3
+    for stage, ledger in used.items():
+        for role in ("instructor", "reviewer", "expert"):
+            usage = ledger.total(role)
+            lines = [x for x in found.lines if (x.ask.stage, x.ask.role) == (stage, role)]
+            assert usage.calls <= sum(line.ask.most for line in lines)
+            assert usage.prompt_tokens <= sum(line.most_prompt_tokens for line in lines)
+            assert usage.completion_tokens <= sum(line.most_completion_tokens for line in lines)
+    measured = forecast_calls(config, (run_dir, config))
+    for role in ("instructor", "reviewer", "expert"):
+        total = sum(ledger.total(role).calls for ledger in used.values())
+        assert measured.expected(role) == pytest.approx(total)
+    code, output = command("forecast", str(finished / "tiny.yaml"), "--from", str(run_dir.root))
+    assert code == 0, output
+    assert "of WizardLM's 624,000" in output
 
 
 def test_running_again_does_nothing(copied: Path) -> None:
@@ -225,11 +255,13 @@ def test_any_number_of_workers_makes_the_same_rows(
 
 
 def stop_after(config: Path, root: Path, stage: str, *words: str, timeout_s: float = 120) -> None:
-    """Run until `stage` is done, then kill the run."""
+    """Run until `stage` is done, anew if it was done before, then kill the run."""
+    path = root / stage / "manifest.json"
+    before = path.stat().st_mtime_ns if path.exists() else None
     process = start(config, *words)
     deadline = time.monotonic() + timeout_s
     try:
-        while not (root / stage / "manifest.json").exists():
+        while not path.exists() or path.stat().st_mtime_ns == before:
             assert time.monotonic() < deadline, f"{stage} takes too long"
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
@@ -282,3 +314,45 @@ def test_killed_in_every_stage_it_completes_with_the_same_rows(
     code, output = command("verify", str(root))
     assert code == 0, output
     assert list(root.rglob("*.tmp")) == []
+
+
+def test_failed_rows_are_retried_alone_and_what_follows_is_made_again(tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    root = tmp_path / "runs" / "tiny"
+    server = ChatServer(behave=lambda number: "400" if number % 6 == 5 else "ok", say=_say)
+    with chat_server(server):
+        words = (
+            "generate.policy=uniform",
+            "generate.equal_threshold=0.0",
+            "expert.kind=http",
+            "expert.model=m",
+            f"expert.base_url={server.url}",
+        )
+        stop_after(config, root, "dataset", *words)
+        failed = json.loads((root / "generate" / "manifest.json").read_text())
+        assert failed["counts"]["failed"] > 5
+        num_asked = len(server.bodies)
+        server.behave = lambda number: "ok"
+        stop_after(config, root, "dataset", *words, "generate.retry_failed=true")
+    assert 5 < len(server.bodies) - num_asked < num_asked
+    again = json.loads((root / "generate" / "manifest.json").read_text())
+    assert again["counts"]["failed"] == 0
+    calls = {role: usage["calls"] for role, usage in _usage(again).items()}
+    assert calls["expert"] == len(server.bodies)
+    set_aside = root / "superseded" / "001" / "dataset" / "manifest.json"
+    assert json.loads(set_aside.read_text())["sha256"] != data_digest(root)
+    _, output = command("verify", str(root))
+    faults = [line.split() for line in output.splitlines() if line.startswith("FAULT")]
+    assert [words[1:5] for words in faults] == [
+        [name, "is", "not", "done;"] for name in ("sft", "evaluate", "report")
+    ]
+
+
+def _say(prompt: str) -> str:
+    digest = hashlib.sha256(prompt.encode()).hexdigest()
+    return " ".join(f"word{digest[at : at + 4]}" for at in range(0, 48, 4))
+
+
+def _usage(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
+    return {row["role"]: row for row in manifest["usage"]}
