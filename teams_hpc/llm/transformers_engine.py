@@ -9,8 +9,10 @@ A tokenizer without a chat template (base models) gets a plain format: the messa
 other, then "Answer:".
 """
 
+import itertools
+import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,6 +22,23 @@ from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Completion, Exactness, Message, Request, Score, ScoreRequest
 from teams_hpc.llm.local_model import enough_memory, find_device, load_model, pad_id, stop_ids
 from teams_hpc.llm.sampling import next_tokens
+from teams_hpc.llm.slots import SlotCache, attention_mask
+
+_REFILL_SHARE = 8
+"""Prompts are admitted when one in so many slots is free."""
+
+_RETURN_SHARE = 4
+"""With `refill` a step returns when one in so many slots has come to its end."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """A request that is being completed; the row's place in the batch is its slot."""
+
+    request: Request
+    prompt: list[int]
+    limit: int
+    tokens: list[int] = field(default_factory=list)
 
 
 class TransformersEngine:
@@ -44,7 +63,9 @@ class TransformersEngine:
             raise EngineError(f"{config.model} names no end-of-text token; add it to its config")
         self._pad_id = pad_id(self._tokenizer, self._model, self._stop_ids)
         self._longest = int(self._model.config.max_position_embeddings)
+        self._slots = SlotCache(config.batch_size, self._longest)
         self._pending: list[tuple[Request, list[int]]] = []
+        self._active: list[_Row] = []
 
     @property
     def content_id(self) -> str:
@@ -65,27 +86,26 @@ class TransformersEngine:
 
     @property
     def num_pending(self) -> int:
-        return len(self._pending)
+        return len(self._pending) + len(self._active)
 
     def add(self, request: Request) -> None:
         self._pending.append((request, self._encode(request.messages)))
 
     def step(self) -> list[Completion]:
-        """One batch of the shortest prompts; with `fixed` all that is pending, batch by batch."""
-        self._pending.sort(key=lambda entry: (len(entry[1]), entry[0].id))
-        size = self._config.batch_size
-        count = len(self._pending) if self._config.batching == "fixed" else size
-        taken, self._pending = self._pending[:count], self._pending[count:]
+        """Decode until enough is done; rows that end make room for what waits, the shortest first.
+
+        With `fixed` that is all that was added, else a share of a batch: so that what comes next
+        for the chains, and their verdicts, make batches too.
+        """
+        wanted = max(1, min(self._config.batch_size, self.num_pending) // _RETURN_SHARE)
+        if self._config.batching == "fixed":
+            wanted = self.num_pending
         done: list[Completion] = []
-        fitting = []
-        for request, prompt in taken:
-            if len(prompt) < self._longest:
-                fitting.append((request, prompt))
-            else:
-                done.append(self._too_long(request, prompt))
-        for start in range(0, len(fitting), size):
-            with enough_memory(self._config):
-                done += self._complete(fitting[start : start + size])
+        with enough_memory(self._config), torch.inference_mode():
+            while self.num_pending and len(done) < wanted:
+                done += self._admit()
+                if self._active:
+                    done += self._advance()
         return done
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
@@ -111,6 +131,7 @@ class TransformersEngine:
     def close(self) -> None:
         """Free the model."""
         self._model = None
+        self._slots = SlotCache(0, 0)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -180,105 +201,151 @@ class TransformersEngine:
             torch.tensor(mask, device=self._device),
         )
 
-    @torch.inference_mode()
-    def _complete(self, batch: Sequence[tuple[Request, list[int]]]) -> list[Completion]:
-        prompts = [prompt for _, prompt in batch]
-        seeds = [request.seed for request, _ in batch]
-        ids, mask = self._pad_left(prompts)
-        # Rows that reached their limit are cut below; the longest prompt sets the number of steps.
-        limits = [min(self._config.max_tokens, self._longest - len(prompt)) for prompt in prompts]
-        generated: list[list[int]] = [[] for _ in batch]
-        open_rows = set(range(len(batch)))
-        cache: Any = None
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        for position in range(max(limits)):
-            output = self._forward(ids, mask, positions, cache, num_logits=1)
-            cache = output.past_key_values
-            chosen = next_tokens(
-                output.logits[:, -1].float(),
-                seeds,
-                position,
-                temperature=self._config.temperature,
-                top_p=self._config.top_p,
+    def _admit(self) -> list[Completion]:
+        """Prefill the shortest prompts into free slots; returns what can't or needn't go on."""
+        free = self._config.batch_size - len(self._active)
+        # A pass has a fixed cost, so that a slot or two may wait for more.
+        if not self._pending or (self._active and free * _REFILL_SHARE < self._config.batch_size):
+            return []
+        self._pending.sort(key=lambda entry: (len(entry[1]), entry[0].id))
+        taken, self._pending = self._pending[:free], self._pending[free:]
+        fitting = [entry for entry in taken if len(entry[1]) < self._longest]
+        if fitting:
+            prompts = [prompt for _, prompt in fitting]
+            ids, mask = self._pad_left(prompts)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            output = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=1,
             )
-            for row, token in enumerate(chosen.tolist()):
-                if row in open_rows:
-                    generated[row].append(token)
-                    if token in self._stop_ids or len(generated[row]) >= limits[row]:
-                        open_rows.discard(row)
-            if not open_rows:
-                break
-            ids = chosen[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
-            positions = positions[:, -1:] + 1
-        return [
-            self._completion(request, prompt, tokens)
-            for (request, prompt), tokens in zip(batch, generated, strict=True)
+            self._slots.put(
+                output.past_key_values, [ids.shape[1] - len(prompt) for prompt in prompts]
+            )
+            rows = [
+                _Row(request, prompt, min(self._config.max_tokens, self._longest - len(prompt)))
+                for request, prompt in fitting
+            ]
+            self._active += rows
+            self._extend(rows, output.logits)
+        failed = [
+            self._too_long(request, prompt)
+            for request, prompt in taken
+            if len(prompt) >= self._longest
         ]
+        return failed + self._finished()
 
-    def _forward(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        positions: torch.Tensor,
-        cache: Any,
-        *,
-        num_logits: int,
-    ) -> Any:
-        """One pass over `ids`, with logits of its last `num_logits` positions alone.
-
-        Those of a whole prompt would be the largest tensor by far, and nobody reads them.
-        """
-        return self._model(
-            input_ids=ids,
+    def _advance(self) -> list[Completion]:
+        """One more token of every active row."""
+        mask, positions = self._slots.begin_step(self._model.dtype)
+        output = self._model(
+            input_ids=torch.tensor([row.tokens[-1:] for row in self._active], device=self._device),
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            past_key_values=self._slots,
             use_cache=True,
-            logits_to_keep=num_logits,
+            logits_to_keep=1,
         )
+        self._extend(self._active, output.logits)
+        return self._finished()
 
-    def _completion(self, request: Request, prompt: list[int], tokens: list[int]) -> Completion:
-        is_stopped = bool(tokens) and tokens[-1] in self._stop_ids
-        kept = tokens[:-1] if is_stopped else tokens
+    def _extend(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:
+        chosen = next_tokens(
+            logits[:, -1].float(),
+            [(row.request.seed, len(row.tokens)) for row in rows],
+            temperature=self._config.temperature,
+            top_p=self._config.top_p,
+        )
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            row.tokens.append(token)
+
+    def _finished(self) -> list[Completion]:
+        """Completions of rows that have come to their end; their slots are free then."""
+        done = []
+        for slot in reversed(range(len(self._active))):
+            row = self._active[slot]
+            if row.tokens[-1] in self._stop_ids or len(row.tokens) >= row.limit:
+                done.append(self._completion(row))
+                self._slots.drop(slot)
+                last = self._active.pop()
+                if last is not row:
+                    self._active[slot] = last
+        return done[::-1]
+
+    def _completion(self, row: _Row) -> Completion:
+        is_stopped = row.tokens[-1] in self._stop_ids
+        kept = row.tokens[:-1] if is_stopped else row.tokens
         return Completion(
-            id=request.id,
+            id=row.request.id,
             text=self._tokenizer.decode(kept, skip_special_tokens=True),
             finish_reason="stop" if is_stopped else "length",
-            prompt_tokens=len(prompt),
-            completion_tokens=len(tokens),
+            prompt_tokens=len(row.prompt),
+            completion_tokens=len(row.tokens),
         )
 
     @torch.inference_mode()
     def _score_batch(self, batch: Sequence[tuple[list[int], list[list[int]]]]) -> list[list[float]]:
-        """Sums of log-probabilities, by prompt and option."""
-        ids, mask = self._pad_left([prompt for prompt, _ in batch])
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = self._forward(ids, mask, positions, None, num_logits=1)
-        counts = [len(options) for _, options in batch]
-        rows = torch.arange(len(batch), device=self._device).repeat_interleave(
-            torch.tensor(counts, device=self._device)
+        """Sums of log-probabilities, by prompt and option: one pass over prompts and options.
+
+        A row is a prompt, padded on the left, and its options one after the other, which see the
+        prompt and themselves, but not each other.
+        """
+        width = max(len(prompt) for prompt, _ in batch)
+        num_tails = max(sum(map(len, options)) for _, options in batch)
+        layout = torch.tensor(
+            [_layout(prompt, options, width, num_tails, self._pad_id) for prompt, options in batch],
+            device=self._device,
         )
-        output.past_key_values.batch_select_indices(rows)
-        tails = [option for _, options in batch for option in options]
-        width = max(len(tail) for tail in tails)
-        tail_ids = torch.tensor(
-            [tail + [self._pad_id] * (width - len(tail)) for tail in tails], device=self._device
+        ids, positions, parts, before = layout.unbind(1)
+        order = torch.arange(width + num_tails, device=self._device)
+        is_same = (parts[:, None, :] == 0) | (parts[:, :, None] == parts[:, None, :])
+        is_seen = is_same & (order[:, None] >= order) & (parts[:, None, :] >= 0)
+        output = self._model(
+            input_ids=ids,
+            attention_mask=attention_mask(is_seen[:, None], self._model.dtype),
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=num_tails + 1,
         )
-        first = output.logits[rows]
-        last = positions[rows, -1:]
-        whole_mask = torch.cat([mask[rows], torch.ones_like(tail_ids)], dim=1)
-        later = self._forward(
-            tail_ids,
-            whole_mask,
-            last + 1 + torch.arange(width, device=self._device),
-            output.past_key_values,
-            num_logits=width,
-        ).logits[:, :-1]
-        logits = torch.cat([first, later], dim=1).float()
-        each = logits.log_softmax(-1).gather(2, tail_ids[:, :, None])[:, :, 0]
-        lengths = torch.tensor([len(tail) for tail in tails], device=self._device)
-        counted = torch.arange(width, device=self._device) < lengths[:, None]
-        sums = (each.double() * counted).sum(1).tolist()
-        flat = iter(sums)
-        return [[next(flat) for _ in range(count)] for count in counts]
+        # Row t of the logits is of position width - 1 + t.
+        each = output.logits.float().log_softmax(-1)
+        rows = torch.arange(len(batch), device=self._device)[:, None]
+        found = each[rows, before[:, width:] - (width - 1), ids[:, width:]].tolist()
+        return [
+            _sums(row, [len(option) for option in options])
+            for row, (_, options) in zip(found, batch, strict=True)
+        ]
+
+
+def _layout(
+    prompt: Sequence[int], options: Sequence[Sequence[int]], width: int, num_tails: int, pad: int
+) -> list[list[int]]:
+    """One row to be scored: tokens, positions, parts, and where each token is foretold.
+
+    Part 0 is the prompt, the options count from 1, padding is -1.
+    """
+    padding = width - len(prompt)
+    ids = [pad] * padding + list(prompt)
+    positions = [0] * padding + list(range(len(prompt)))
+    parts = [-1] * padding + [0] * len(prompt)
+    before = [0] * width
+    for part, option in enumerate(options, start=1):
+        before += [width - 1, *range(len(ids), len(ids) + len(option) - 1)]
+        ids += option
+        positions += range(len(prompt), len(prompt) + len(option))
+        parts += [part] * len(option)
+    rest = width + num_tails - len(ids)
+    return [
+        ids + [pad] * rest,
+        positions + [0] * rest,
+        parts + [-1] * rest,
+        before + [width - 1] * rest,
+    ]
+
+
+def _sums(values: Sequence[float], lengths: Sequence[int]) -> list[float]:
+    """Sums of as many values as `lengths` says, one after the other."""
+    left = iter(values)
+    return [math.fsum(itertools.islice(left, length)) for length in lengths]
