@@ -20,7 +20,14 @@ from teams_hpc.config.digest import model_content_id
 from teams_hpc.config.schema import TransformersEngineConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Completion, Exactness, Message, Request, Score, ScoreRequest
-from teams_hpc.llm.local_model import enough_memory, find_device, load_model, pad_id, stop_ids
+from teams_hpc.llm.local_model import (
+    enough_memory,
+    find_device,
+    load_model,
+    longest_sequence,
+    pad_id,
+    stop_ids,
+)
 from teams_hpc.llm.sampling import next_tokens
 from teams_hpc.llm.slots import SlotCache, attention_mask
 
@@ -28,7 +35,7 @@ _REFILL_SHARE = 8
 """Prompts are admitted when one in so many slots is free."""
 
 _RETURN_SHARE = 4
-"""With `refill` a step returns when one in so many slots has come to its end."""
+"""With `refill` a step returns when one in so many requests is done."""
 
 
 @dataclass(slots=True)
@@ -62,7 +69,7 @@ class TransformersEngine:
         if not self._stop_ids:
             raise EngineError(f"{config.model} names no end-of-text token; add it to its config")
         self._pad_id = pad_id(self._tokenizer, self._model, self._stop_ids)
-        self._longest = int(self._model.config.max_position_embeddings)
+        self._longest = longest_sequence(self._model)
         self._slots = SlotCache(config.batch_size, self._longest)
         self._pending: list[tuple[Request, list[int]]] = []
         self._active: list[_Row] = []

@@ -4,6 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from teams_hpc.config import TransformersEngineConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Completion, Message, Request, ScoreRequest, Task, complete_all
 from teams_hpc.llm.load import load_engines
-from teams_hpc.llm.local_model import enough_memory
+from teams_hpc.llm.local_model import enough_memory, longest_sequence
 from teams_hpc.llm.transformers_engine import TransformersEngine
 
 TASK = Task(kind="answer", instruction="")
@@ -53,6 +54,74 @@ def test_a_completion_does_not_depend_on_its_batch(
     assert len({completion.text for completion in alone}) > 20
     other_seeds = [request_with_seed(one, one.seed + 1000) for one in REQUESTS]
     assert [c.text for c in complete_all(engine, other_seeds)] != [c.text for c in alone]
+
+
+def test_freed_rows_are_refilled_and_steps_return_early(tiny_llama: Path) -> None:
+    """Replies of very different lengths, some asked for while others are under way."""
+    values = {"max_tokens": 200, "temperature": 1.0, "top_p": 1.0}
+    expected = complete_all(TransformersEngine(settings(tiny_llama, **values)), REQUESTS)
+    assert len({completion.completion_tokens for completion in expected}) >= 8
+    engine = TransformersEngine(settings(tiny_llama, **values, batch_size=8, batching="refill"))
+    left = REQUESTS.copy()
+    done: dict[str, Completion] = {}
+    most_in_a_step = 0
+    while left or engine.num_pending:
+        for one in left[:5]:
+            engine.add(one)
+        left = left[5:]
+        before = engine.num_pending
+        returned = engine.step()
+        most_in_a_step = max(most_in_a_step, len(returned))
+        assert returned
+        assert engine.num_pending == before - len(returned)
+        done.update((completion.id, completion) for completion in returned)
+    assert [done[one.id] for one in REQUESTS] == expected
+    assert most_in_a_step < 8
+
+
+def test_all_options_of_a_batch_are_scored_in_one_pass(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TransformersEngine(settings(tiny_llama))
+    forward = type(engine._model).forward
+    widths = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        widths.append(options["input_ids"].shape)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(type(engine._model), "forward", counted)
+    options = ("Equal", "Not Equal")
+    engine.score([ScoreRequest(messages=one.messages, task=TASK, options=options)
+                  for one in REQUESTS])  # fmt: skip
+    assert len(widths) == 1
+    assert widths[0][0] == len(REQUESTS)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "window", "expected"),
+    [
+        (None, None, 1024),
+        (["full_attention"], 512, 1024),
+        (None, 512, 512),
+        (["full_attention", "sliding_attention"], 512, 512),
+    ],
+)
+def test_a_sequence_stays_within_a_sliding_window(
+    kinds: list[str] | None, window: int | None, expected: int
+) -> None:
+    config = SimpleNamespace(
+        max_position_embeddings=1024, layer_types=kinds, sliding_window=window, model_type="x"
+    )
+    assert longest_sequence(SimpleNamespace(config=config)) == expected
+
+
+def test_a_model_with_other_layers_is_refused() -> None:
+    config = SimpleNamespace(
+        max_position_embeddings=1024, layer_types=["linear_attention"], model_type="other"
+    )
+    with pytest.raises(EngineError, match="other is no Llama-family model"):
+        longest_sequence(SimpleNamespace(config=config))
 
 
 def request_with_seed(one: Request, seed: int) -> Request:
