@@ -1,9 +1,11 @@
-"""The key-value cache of sequences that start and end at different times.
+"""Key-value caches for sequences that start and end at different times, or begin alike.
 
-Each sequence has a slot, a row of preallocated tensors, and begins there at position 0; a step
-writes one position a row in place. So a step copies nothing that is already there, a sequence that
-ends gives its row to another at once, and rows don't wait for each other. The taken slots are
-always the first ones: when one is freed, the last moves into it.
+Each sequence has a slot, a row of preallocated tensors, and starts there at position 0; a pass
+writes its tokens in place. So nothing that is there is copied, a sequence that ends gives its row
+to another at once, and what two prompts begin with is computed once and copied.
+
+Both caches stand in for a transformers cache; models are given mask and positions and ask the
+cache for nothing else.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ _ROUND = 64
 """Rows hold a multiple of this many positions, so that growing is rare."""
 
 _ALIGN = 8
-"""A step looks at a multiple of this many positions; GPU kernels want masks aligned."""
+"""A pass looks at a multiple of this many positions; GPU kernels want masks aligned."""
 
 
 def attention_mask(is_seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -25,106 +27,126 @@ def attention_mask(is_seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class SlotCache:
-    """Stands in for a transformers cache while tokens are added one by one.
-
-    Args:
-        num_slots: Most sequences at a time.
-        longest: Most positions of a sequence.
-    """
+    """Keys and values of many sequences; a pass is about consecutive slots."""
 
     is_compileable = False
 
-    def __init__(self, num_slots: int, longest: int) -> None:
-        self._num_slots = num_slots
-        self._longest = longest
-        self._layers: list[list[torch.Tensor]] = []  # keys and values: (slot, head, position, size)
-        self._lengths: list[int] = []
-        self._width = 0
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Of each layer keys and values: (slot, head, position, size).
+        self._layers: list[list[torch.Tensor]] = []
+        self._num_slots = self._capacity = 0
+        self._first = self._end = self._width = 0
         self._rows = self._at = torch.empty(0)
 
-    def __len__(self) -> int:
-        """Sequences it holds."""
-        return len(self._lengths)
+    def begin(
+        self, first: int, starts: Sequence[int], num_tokens: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make ready for a pass that adds `num_tokens` to each slot from `first` on.
 
-    def put(self, prefilled: Any, starts: Sequence[int]) -> None:
-        """Take over what a prefill left, in the next slots.
+        A slot's padding goes to the right of its tokens: nothing before it sees it, and what comes
+        later is written over it.
 
         Args:
-            prefilled: The model's own cache, of sequences padded on the left.
-            starts: Where each sequence begins in it, after its padding.
-        """
-        pairs = [(layer.keys, layer.values) for layer in prefilled.layers]
-        width = pairs[0][0].shape[2]
-        first, end = len(self), len(self) + len(starts)
-        self._reserve(end, width, pairs)
-        device = pairs[0][0].device
-        order = torch.arange(width, device=device) + torch.tensor(starts, device=device)[:, None]
-        order = order.clamp_(max=width - 1)[:, None, :, None]
-        for held, new in zip(self._layers, pairs, strict=True):
-            for target, source in zip(held, new, strict=True):
-                target[first:end, :, :width] = source.gather(2, order.expand_as(source))
-                # What another sequence left must be finite, though nothing looks at it.
-                target[first:end, :, width:] = 0
-        self._lengths += [width - start for start in starts]
-
-    def drop(self, slot: int) -> None:
-        """Free a slot; the last sequence moves into it."""
-        length = self._lengths.pop()
-        last = len(self._lengths)
-        if slot != last:
-            self._lengths[slot] = length
-            for held in self._layers:
-                for tensor in held:
-                    tensor[slot] = tensor[last]
-        if last == 0:
-            self._layers.clear()
-
-    def begin_step(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make room for one more token of every sequence.
+            first: The first slot.
+            starts: Positions that are filled in each slot.
+            num_tokens: Tokens of each row, padding included.
+            dtype: Of the mask.
 
         Returns:
-            The attention mask, (slots, 1, 1, width), and the positions of the tokens, (slots, 1).
+            The attention mask, (slots, 1, num_tokens, width), and positions, (slots, num_tokens).
         """
-        longest = max(self._lengths) + 1
-        self._reserve(len(self), longest, self._layers)
-        tensor = self._layers[0][0]
-        self._width = min(-(-longest // _ALIGN) * _ALIGN, tensor.shape[2])
-        self._rows = torch.arange(len(self), device=tensor.device)
-        self._at = torch.tensor(self._lengths, device=tensor.device)
-        is_seen = torch.arange(self._width, device=tensor.device) <= self._at[:, None]
-        self._lengths = [length + 1 for length in self._lengths]
-        return attention_mask(is_seen[:, None, None], dtype), self._at[:, None]
+        longest = max(starts) + num_tokens
+        self._first, self._end = first, first + len(starts)
+        self._reserve(self._end, longest)
+        self._width = min(-(-longest // _ALIGN) * _ALIGN, self._capacity)
+        self._rows = torch.arange(first, self._end, device=self._device)[:, None]
+        self._at = torch.tensor(starts, device=self._device)[:, None]
+        self._at = self._at + torch.arange(num_tokens, device=self._device)
+        is_seen = torch.arange(self._width, device=self._device) <= self._at[:, :, None]
+        return attention_mask(is_seen[:, None], dtype), self._at
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, ...]:
-        """Called by the model's layers: write the step's token, give back all so far."""
+        """Called by the model's layers: write the pass's tokens, give back all of its slots."""
+        if layer_idx == len(self._layers):
+            self._layers.append(
+                [
+                    one.new_zeros(self._num_slots, one.shape[1], self._capacity, one.shape[3])
+                    for one in (keys, values)
+                ]
+            )
         found = []
-        for target, new in zip(self._layers[layer_idx], (keys, values), strict=True):
-            target[self._rows, :, self._at] = new[:, :, 0]
-            found.append(target[: len(self._rows), :, : self._width])
+        for held, new in zip(self._layers[layer_idx], (keys, values), strict=True):
+            held[self._rows, :, self._at] = new.transpose(1, 2)
+            found.append(held[self._first : self._end, :, : self._width])
         return tuple(found)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Called by models that work out positions themselves; ours are given."""
-        return self._width - 1
+        return 0
 
-    def _reserve(self, rows: int, width: int, like: Sequence[Sequence[torch.Tensor]]) -> None:
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        """Copy the first `length` positions of a slot, or all of it, to another."""
+        for held in self._layers:
+            for tensor in held:
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def open(self, first: int, end: int, length: int) -> None:
+        """Make room for sequences in the slots from `first` to `end`, and zero them.
+
+        Masked or not, a NaN that another sequence left there would spread.
+        """
+        self._reserve(end, length)
+        for held in self._layers:
+            for tensor in held:
+                tensor[first:end] = 0
+
+    def free(self) -> None:
+        """Give all memory back."""
+        self._layers = []
+        self._num_slots = self._capacity = 0
+
+    def _reserve(self, num_slots: int, length: int) -> None:
         """Make the tensors large enough, keeping what they hold."""
-        held_rows, held_width = self._layers[0][0].shape[::2] if self._layers else (0, 0)
-        if rows <= held_rows and width <= held_width:
+        if num_slots <= self._num_slots and length <= self._capacity:
             return
-        if rows > held_rows:
-            rows = min(max(rows, 2 * held_rows), self._num_slots)
-        if width > held_width:
-            wanted = max(width, held_width + held_width // 2)
-            width = min(-(-wanted // _ROUND) * _ROUND, self._longest)
-        rows, width = max(rows, held_rows), max(width, held_width)
-        grown = []
-        for number, pair in enumerate(like):
-            grown.append([one.new_zeros(rows, one.shape[1], width, one.shape[3]) for one in pair])
-            if self._layers:
-                for target, source in zip(grown[-1], self._layers[number], strict=True):
-                    target[:held_rows, :, :held_width] = source
-                self._layers[number] = []
-        self._layers = grown
+        if length > self._capacity:
+            wanted = max(length, self._capacity + self._capacity // 2)
+            self._capacity = -(-wanted // _ROUND) * _ROUND
+        self._num_slots = max(num_slots, self._num_slots)
+        for held in self._layers:
+            for place, old in enumerate(held):
+                slots, heads, width, size = old.shape
+                new = old.new_zeros(self._num_slots, heads, self._capacity, size)
+                new[:slots, :, :width] = old
+                held[place] = new
+
+
+class PrefixCache:
+    """Keys and values of one beginning, seen by every row of later passes, which leave nothing.
+
+    The first pass fills it.
+    """
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """Called by the model's layers."""
+        if layer_idx == len(self._layers):
+            self._layers.append((keys, values))
+            return keys, values
+        return tuple(
+            torch.cat([held.expand(len(new), -1, -1, -1), new], dim=2)
+            for held, new in zip(self._layers[layer_idx], (keys, values), strict=True)
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Called by models that work out positions themselves; ours are given."""
+        return 0
