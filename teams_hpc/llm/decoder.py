@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 
-from teams_hpc.llm.prefixes import SHORTEST, Group, common_length, group_prompts
+from teams_hpc.llm.prefixes import (
+    PASS_COST,
+    SHORTEST,
+    Group,
+    common_length,
+    group_prompts,
+    split_by_length,
+)
 from teams_hpc.llm.sampling import next_tokens
 from teams_hpc.llm.slots import SlotCache
 
@@ -59,6 +66,7 @@ class Decoder:
         self._pad_id = pad_id
         self._temperature = temperature
         self._top_p = top_p
+        self._pass_cost = PASS_COST[self._device.type]
         self._slots = SlotCache(self._device)
         self._rows: list[Row] = []
 
@@ -70,27 +78,27 @@ class Decoder:
         """Take in rows; what they begin with alike, or as rows that are there, is copied."""
         prompts = [row.prompt[:-1] for row in rows]
         groups = group_prompts(prompts)
-        # Leaders take the first slots, so that one pass computes what each group shares.
+        slots = range(len(self._rows), len(self._rows) + len(rows))
+        self._slots.open(slots.start, slots.stop, max(map(len, prompts)))
         leaders = [group.members[0] for group in groups]
-        others = [number for group in groups for number in group.members[1:]]
-        first = len(self._rows)
-        slot_of = {number: first + place for place, number in enumerate(leaders + others)}
-        self._slots.open(first, first + len(rows), max(map(len, prompts)))
         shared = [
-            self._lead(group, prompts[group.members[0]], slot_of[group.members[0]])
-            for group in groups
+            self._lead(group, prompts[leader], slots[leader])
+            for leader, group in zip(leaders, groups, strict=True)
         ]
-        heads = [prompts[leader][:end] for leader, (_, end) in zip(leaders, shared, strict=True)]
-        self._write(first, heads, [start for start, _ in shared])
-        starts = {}
+        self._write(
+            [
+                (slots[leader], start, prompts[leader][start:end])
+                for leader, (start, end) in zip(leaders, shared, strict=True)
+            ]
+        )
+        rest = []
         for group, (_, end) in zip(groups, shared, strict=True):
             for number in group.members:
-                starts[number] = end
                 if number != group.members[0]:
-                    self._slots.copy(slot_of[group.members[0]], slot_of[number], end)
-        order = leaders + others
-        self._write(first, [prompts[number] for number in order], [starts[n] for n in order])
-        self._rows += [rows[number] for number in order]
+                    self._slots.copy(slots[group.members[0]], slots[number], end)
+                rest.append((slots[number], end, prompts[number][end:]))
+        self._write(rest)
+        self._rows += rows
 
     def _lead(self, group: Group, prompt: Sequence[int], slot: int) -> tuple[int, int]:
         """Copy what a row that is there begins with alike.
@@ -107,18 +115,23 @@ class Decoder:
         self._slots.copy(alike.index(longest), slot, start)
         return start, end
 
-    def _write(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
-        """Compute keys and values of `tokens` from `starts` on, in the slots from `first` on."""
-        rest = [list(one[start:]) for one, start in zip(tokens, starts, strict=True)]
-        width = max(len(one) for one in rest)
-        if width:
+    def _write(self, parts: Sequence[tuple[int, int, list[int]]]) -> None:
+        """Compute keys and values of some tokens in each (slot, start, tokens)."""
+        parts = [part for part in parts if part[2]]
+        for chosen in split_by_length([len(part[2]) for part in parts], self._pass_cost):
+            some = sorted(parts[number] for number in chosen)
+            width = max(len(tokens) for _, _, tokens in some)
             self._forward(
-                first, [one + [self._pad_id] * (width - len(one)) for one in rest], starts
+                [slot for slot, _, _ in some],
+                [start for _, start, _ in some],
+                [tokens + [self._pad_id] * (width - len(tokens)) for _, _, tokens in some],
             )
 
-    def _forward(self, first: int, ids: list[list[int]], starts: Sequence[int]) -> torch.Tensor:
+    def _forward(
+        self, slots: Sequence[int], starts: Sequence[int], ids: list[list[int]]
+    ) -> torch.Tensor:
         """Logits of the last column."""
-        mask, positions = self._slots.begin(first, starts, len(ids[0]), self._model.dtype)
+        mask, positions = self._slots.begin(slots, starts, len(ids[0]), self._model.dtype)
         output = self._model(
             input_ids=torch.tensor(ids, device=self._device),
             attention_mask=mask,
@@ -135,7 +148,7 @@ class Decoder:
         last = [(row.tokens or row.prompt)[-1:] for row in self._rows]
         starts = [len(row.prompt) - 1 + len(row.tokens) for row in self._rows]
         chosen = next_tokens(
-            self._forward(0, last, starts).float(),
+            self._forward(range(len(last)), starts, last).float(),
             [(row.seed, len(row.tokens)) for row in self._rows],
             temperature=self._temperature,
             top_p=self._top_p,

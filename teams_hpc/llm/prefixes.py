@@ -1,4 +1,4 @@
-"""Which prompts of a batch begin alike, so that the beginning need be computed only once.
+"""What to compute together: beginnings that prompts share once, and prompts of like length.
 
 Prompts that ask for the same operation differ in the instruction alone, and verdicts in the pair.
 """
@@ -9,6 +9,9 @@ from itertools import pairwise
 
 SHORTEST = 24
 """A shorter beginning isn't worth a pass of its own."""
+
+PASS_COST = {"cpu": 128, "cuda": 4096}
+"""By device, tokens that take as long as a pass over next to nothing; roughly is enough."""
 
 _MOST = 256
 """Groups are looked for among so many prompts at a time."""
@@ -58,3 +61,27 @@ def _divide(order: Sequence[int], alike: Sequence[int]) -> list[Group]:
     for start, end in pairwise([0, *ends, len(order)]):
         parts += _divide(order[start:end], alike[start : end - 1])
     return [whole] if whole.saving > sum(part.saving for part in parts) else parts
+
+
+def split_by_length(lengths: Sequence[int], pass_cost: int) -> list[list[int]]:
+    """Divide rows, by number, into passes with the least padding.
+
+    Args:
+        lengths: Tokens of each row.
+        pass_cost: What a pass costs however small it is, in tokens.
+    """
+    order = sorted(range(len(lengths)), key=lambda number: (lengths[number], number))
+    # The least cost of the first `end` rows, and where their last pass starts.
+    best = [(0, 0)]
+    for end in range(1, len(order) + 1):
+        width = lengths[order[end - 1]]
+        best.append(
+            min((best[start][0] + pass_cost + width * (end - start), start) for start in range(end))
+        )
+    passes = []
+    end = len(order)
+    while end:
+        start = best[end][1]
+        passes.append(order[start:end])
+        end = start
+    return passes[::-1]

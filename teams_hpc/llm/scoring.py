@@ -1,4 +1,4 @@
-"""Log-probabilities of given answers: one pass over a batch of prompts with all their options."""
+"""Log-probabilities of given answers: prompts with all their options in one pass."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from teams_hpc.llm.prefixes import SHORTEST, common_length
+from teams_hpc.llm.prefixes import PASS_COST, SHORTEST, common_length, split_by_length
 from teams_hpc.llm.slots import PrefixCache, attention_mask
 
 
@@ -23,13 +23,29 @@ class Choice:
 def score_batch(model: Any, choices: Sequence[Choice], pad_id: int) -> list[list[float]]:
     """Sums of log-probabilities, by prompt and option.
 
-    A row is a prompt, padded on the left, and its options one after the other, which see the
-    prompt and themselves, but not each other. What all prompts begin with is computed once.
+    What all prompts begin with is computed once; the rest in passes of like length.
     """
     shared = _shared_length(choices)
     cache = PrefixCache()
     if shared:
         _fill(model, cache, choices[0].prompt[:shared])
+    lengths = [len(choice.prompt) - shared for choice in choices]
+    sums: dict[int, list[float]] = {}
+    for chosen in split_by_length(lengths, PASS_COST[model.device.type]):
+        some = [choices[number] for number in chosen]
+        found = _score_pass(model, some, pad_id, shared, cache if shared else None)
+        sums.update(zip(chosen, found, strict=True))
+    return [sums[number] for number in range(len(choices))]
+
+
+def _score_pass(
+    model: Any, choices: Sequence[Choice], pad_id: int, shared: int, cache: PrefixCache | None
+) -> list[list[float]]:
+    """Score by one pass.
+
+    A row is a prompt, padded on the left, and its options one after the other, which see the
+    prompt and themselves, but not each other.
+    """
     width = max(len(choice.prompt) for choice in choices) - shared
     num_tails = max(sum(map(len, choice.options)) for choice in choices)
     layout = torch.tensor(
@@ -41,8 +57,8 @@ def score_batch(model: Any, choices: Sequence[Choice], pad_id: int) -> list[list
         input_ids=ids,
         attention_mask=attention_mask(_seen(parts, shared), model.dtype),
         position_ids=positions,
-        past_key_values=cache if shared else None,
-        use_cache=bool(shared),
+        past_key_values=cache,
+        use_cache=cache is not None,
         logits_to_keep=num_tails + 1,
     )
     each = output.logits.float().log_softmax(-1)  # its first row foretells token `width`

@@ -36,19 +36,21 @@ class SlotCache:
         # Of each layer keys and values: (slot, head, position, size).
         self._layers: list[list[torch.Tensor]] = []
         self._num_slots = self._capacity = 0
-        self._first = self._end = self._width = 0
+        self._width = 0
         self._rows = self._at = torch.empty(0)
+        self._chosen: slice | torch.Tensor = slice(0)
 
     def begin(
-        self, first: int, starts: Sequence[int], num_tokens: int, dtype: torch.dtype
+        self, slots: Sequence[int], starts: Sequence[int], num_tokens: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make ready for a pass that adds `num_tokens` to each slot from `first` on.
+        """Make ready for a pass that adds `num_tokens` to each of `slots`.
 
         A slot's padding goes to the right of its tokens: nothing before it sees it, and what comes
         later is written over it.
 
         Args:
-            first: The first slot.
+            slots: Ascending; only where they are all there are between the first and the last does
+                a pass not have to copy what they hold.
             starts: Positions that are filled in each slot.
             num_tokens: Tokens of each row, padding included.
             dtype: Of the mask.
@@ -57,10 +59,11 @@ class SlotCache:
             The attention mask, (slots, 1, num_tokens, width), and positions, (slots, num_tokens).
         """
         longest = max(starts) + num_tokens
-        self._first, self._end = first, first + len(starts)
-        self._reserve(self._end, longest)
+        self._reserve(slots[-1] + 1, longest)
         self._width = min(-(-longest // _ALIGN) * _ALIGN, self._capacity)
-        self._rows = torch.arange(first, self._end, device=self._device)[:, None]
+        self._rows = torch.tensor(slots, device=self._device)
+        is_dense = slots[-1] - slots[0] == len(slots) - 1
+        self._chosen = slice(slots[0], slots[-1] + 1) if is_dense else self._rows
         self._at = torch.tensor(starts, device=self._device)[:, None]
         self._at = self._at + torch.arange(num_tokens, device=self._device)
         is_seen = torch.arange(self._width, device=self._device) <= self._at[:, :, None]
@@ -79,8 +82,8 @@ class SlotCache:
             )
         found = []
         for held, new in zip(self._layers[layer_idx], (keys, values), strict=True):
-            held[self._rows, :, self._at] = new.transpose(1, 2)
-            found.append(held[self._first : self._end, :, : self._width])
+            held[self._rows[:, None], :, self._at] = new.transpose(1, 2)
+            found.append(held[:, :, : self._width][self._chosen])
         return tuple(found)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

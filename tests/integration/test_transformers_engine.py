@@ -79,23 +79,52 @@ def test_freed_rows_are_refilled_and_steps_return_early(tiny_llama: Path) -> Non
     assert most_in_a_step < 8
 
 
-def test_all_options_of_a_batch_are_scored_in_one_pass(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = TransformersEngine(settings(tiny_llama))
+def _count_passes(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Shapes of the token ids of each pass from now on."""
     forward = type(engine._model).forward
-    widths = []
+    shapes = []
 
     def counted(*arguments: Any, **options: Any) -> Any:
-        widths.append(options["input_ids"].shape)
+        shapes.append(tuple(options["input_ids"].shape))
         return forward(*arguments, **options)
 
     monkeypatch.setattr(type(engine._model), "forward", counted)
+    return shapes
+
+
+def test_what_prompts_begin_with_is_computed_once(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two long templates; what comes after either is short."""
+    heads = ("Add a constraint to this, and " * 8, "Now make it somewhat broader, " * 8)
+    asked = [request(number, heads[number % 2] + text) for number, text in enumerate(TEXTS)]
+    engine = TransformersEngine(settings(tiny_llama, batch_size=6, batching="refill"))
+    alone = [complete_all(engine, [one])[0] for one in asked]
+    shapes = _count_passes(engine, monkeypatch)
+    assert complete_all(engine, asked) == alone
+    num_tokens = sum(completion.prompt_tokens for completion in alone)
+    assert sum(rows * width for rows, width in shapes if width > 1) < num_tokens / 2
+
+
+def test_all_options_of_a_batch_are_scored_in_one_pass(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more is for what the prompts begin with."""
+    engine = TransformersEngine(settings(tiny_llama))
+    shapes = _count_passes(engine, monkeypatch)
     options = ("Equal", "Not Equal")
-    engine.score([ScoreRequest(messages=one.messages, task=TASK, options=options)
-                  for one in REQUESTS])  # fmt: skip
-    assert len(widths) == 1
-    assert widths[0][0] == len(REQUESTS)
+    for head, expected in (("", [24]), ("Are these two equal? Answer: " * 5, [1, 24])):
+        asked = [request(number, head + text[:25]) for number, text in enumerate(TEXTS)]
+        shapes.clear()
+        together = engine.score(
+            [ScoreRequest(messages=one.messages, task=TASK, options=options) for one in asked]
+        )
+        assert [rows for rows, _ in shapes] == expected
+        for one, score in zip(asked, together, strict=True):
+            (alone,) = engine.score(
+                [ScoreRequest(messages=one.messages, task=TASK, options=options)]
+            )
+            assert score.log_probabilities == pytest.approx(alone.log_probabilities, abs=1e-4)
 
 
 @pytest.mark.parametrize(
