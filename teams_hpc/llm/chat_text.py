@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from teams_hpc.errors import EngineError
-from teams_hpc.llm.base import Completion, Message, Request, ScoreRequest
+from teams_hpc.llm.base import Completion, Message, ScoreRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,22 +60,22 @@ class ChatText:
             )
         return whole[0][:shared], [ids[shared:] for ids in whole]
 
-    def completion(self, request: Request, num_prompt: int, tokens: Sequence[int]) -> Completion:
+    def completion(self, request_id: str, num_prompt: int, tokens: Sequence[int]) -> Completion:
         """The reply whose tokens these are, the end of turn included if it was reached."""
         is_stopped = bool(tokens) and tokens[-1] in self.stop_ids
         kept = tokens[:-1] if is_stopped else tokens
         return Completion(
-            id=request.id,
+            id=request_id,
             text=self.tokenizer.decode(kept, skip_special_tokens=True),
             finish_reason="stop" if is_stopped else "length",
             prompt_tokens=num_prompt,
             completion_tokens=len(tokens),
         )
 
-    def too_long(self, request: Request, num_prompt: int) -> Completion:
+    def too_long(self, request_id: str, num_prompt: int) -> Completion:
         """The answer to a prompt that leaves no place for a reply."""
         return Completion(
-            id=request.id,
+            id=request_id,
             text="",
             finish_reason="error",
             prompt_tokens=num_prompt,

@@ -129,3 +129,20 @@ def pad_id(tokenizer: Any, model: Any, stops: frozenset[int]) -> int:
     own: int | None = tokenizer.pad_token_id
     has_embedding = own is not None and own < model.get_input_embeddings().num_embeddings
     return own if own is not None and has_embedding else min(stops)
+
+
+def longest_sequence(model: Any) -> int:
+    """Positions a sequence may have; within a sliding window, where that is narrower.
+
+    Raises:
+        EngineError: Some layers aren't attention, so that their state has no positions.
+    """
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        raise EngineError(f"{config.model_type} is no Llama-family model: it has {sorted(kinds)}")
+    limits = [int(config.max_position_embeddings)]
+    window: int | None = getattr(config, "sliding_window", None)
+    if window is not None and kinds != {"full_attention"}:
+        limits.append(window)
+    return min(limits)

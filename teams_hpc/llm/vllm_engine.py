@@ -73,7 +73,7 @@ class VllmEngine:
         prompt = self._chat.encode(request.messages)
         room = self._chat.longest - len(prompt)
         if room < 1:
-            self._done.append(self._chat.too_long(request, len(prompt)))
+            self._done.append(self._chat.too_long(request.id, len(prompt)))
             return
         config = self._config
         key = self._send(
@@ -179,7 +179,7 @@ class VllmEngine:
 
     def _completion(self, request: Request, num_prompt: int, output: Any) -> Completion:
         if output.finish_reason in _ENDED_WELL:
-            return self._chat.completion(request, num_prompt, list(output.token_ids))
+            return self._chat.completion(request.id, num_prompt, list(output.token_ids))
         return Completion(
             id=request.id,
             text="",

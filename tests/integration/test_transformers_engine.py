@@ -4,6 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from teams_hpc.config import TransformersEngineConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Completion, Message, Request, ScoreRequest, Task, complete_all
 from teams_hpc.llm.load import load_engines
-from teams_hpc.llm.local_model import enough_memory
+from teams_hpc.llm.local_model import enough_memory, longest_sequence
 from teams_hpc.llm.transformers_engine import TransformersEngine
 
 TASK = Task(kind="answer", instruction="")
@@ -53,6 +54,103 @@ def test_a_completion_does_not_depend_on_its_batch(
     assert len({completion.text for completion in alone}) > 20
     other_seeds = [request_with_seed(one, one.seed + 1000) for one in REQUESTS]
     assert [c.text for c in complete_all(engine, other_seeds)] != [c.text for c in alone]
+
+
+def test_freed_rows_are_refilled_and_steps_return_early(tiny_llama: Path) -> None:
+    """Replies of very different lengths, some asked for while others are under way."""
+    values = {"max_tokens": 200, "temperature": 1.0, "top_p": 1.0}
+    expected = complete_all(TransformersEngine(settings(tiny_llama, **values)), REQUESTS)
+    assert len({completion.completion_tokens for completion in expected}) >= 8
+    engine = TransformersEngine(settings(tiny_llama, **values, batch_size=8, batching="refill"))
+    left = REQUESTS.copy()
+    done: dict[str, Completion] = {}
+    most_in_a_step = 0
+    while left or engine.num_pending:
+        for one in left[:5]:
+            engine.add(one)
+        left = left[5:]
+        before = engine.num_pending
+        returned = engine.step()
+        most_in_a_step = max(most_in_a_step, len(returned))
+        assert returned
+        assert engine.num_pending == before - len(returned)
+        done.update((completion.id, completion) for completion in returned)
+    assert [done[one.id] for one in REQUESTS] == expected
+    assert most_in_a_step < 8
+
+
+def _count_passes(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Shapes of the token ids of each pass from now on."""
+    forward = type(engine._model).forward
+    shapes = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        shapes.append(tuple(options["input_ids"].shape))
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(type(engine._model), "forward", counted)
+    return shapes
+
+
+def test_what_prompts_begin_with_is_computed_once(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two long templates; what comes after either is short."""
+    heads = ("Add a constraint to this, and " * 8, "Now make it somewhat broader, " * 8)
+    asked = [request(number, heads[number % 2] + text) for number, text in enumerate(TEXTS)]
+    engine = TransformersEngine(settings(tiny_llama, batch_size=6, batching="refill"))
+    alone = [complete_all(engine, [one])[0] for one in asked]
+    shapes = _count_passes(engine, monkeypatch)
+    assert complete_all(engine, asked) == alone
+    num_tokens = sum(completion.prompt_tokens for completion in alone)
+    assert sum(rows * width for rows, width in shapes if width > 1) < num_tokens / 2
+
+
+def test_all_options_of_a_batch_are_scored_in_one_pass(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more is for what the prompts begin with."""
+    engine = TransformersEngine(settings(tiny_llama))
+    shapes = _count_passes(engine, monkeypatch)
+    options = ("Equal", "Not Equal")
+    for head, expected in (("", [24]), ("Are these two equal? Answer: " * 5, [1, 24])):
+        asked = [request(number, head + text[:25]) for number, text in enumerate(TEXTS)]
+        shapes.clear()
+        together = engine.score(
+            [ScoreRequest(messages=one.messages, task=TASK, options=options) for one in asked]
+        )
+        assert [rows for rows, _ in shapes] == expected
+        for one, score in zip(asked, together, strict=True):
+            (alone,) = engine.score(
+                [ScoreRequest(messages=one.messages, task=TASK, options=options)]
+            )
+            assert score.log_probabilities == pytest.approx(alone.log_probabilities, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "window", "expected"),
+    [
+        (None, None, 1024),
+        (["full_attention"], 512, 1024),
+        (None, 512, 512),
+        (["full_attention", "sliding_attention"], 512, 512),
+    ],
+)
+def test_a_sequence_stays_within_a_sliding_window(
+    kinds: list[str] | None, window: int | None, expected: int
+) -> None:
+    config = SimpleNamespace(
+        max_position_embeddings=1024, layer_types=kinds, sliding_window=window, model_type="x"
+    )
+    assert longest_sequence(SimpleNamespace(config=config)) == expected
+
+
+def test_a_model_with_other_layers_is_refused() -> None:
+    config = SimpleNamespace(
+        max_position_embeddings=1024, layer_types=["linear_attention"], model_type="other"
+    )
+    with pytest.raises(EngineError, match="other is no Llama-family model"):
+        longest_sequence(SimpleNamespace(config=config))
 
 
 def request_with_seed(one: Request, seed: int) -> Request:
