@@ -118,6 +118,8 @@ class Lease:
             os.link(temporary, self.path)
         except FileExistsError:
             return False
+        except FileNotFoundError:  # who finished the stage has cleared away what looked left over
+            return False
         finally:
             temporary.unlink(missing_ok=True)
         self._holder = holder

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from teams_hpc.errors import CorruptFileError
+from teams_hpc.storage import lease as lease_module
 from teams_hpc.storage.atomic import publishing, read_json, replacing, write_json
 from teams_hpc.storage.lease import Lease, read_holder
 from teams_hpc.storage.run_dir import RunDir, read_manifest, write_manifest
@@ -56,6 +57,18 @@ def test_a_lease_has_one_holder(tmp_path: Path) -> None:
         assert second.is_held()
         assert not first.is_held()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_whose_beginnings_were_cleared_away_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who finishes a stage removes temporary files, also those of somebody still at it."""
+    claim = Lease(tmp_path / "finish")
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_module, "write_json", lambda path, value: None)
+        assert not claim.acquire()
+    assert claim.acquire()
+    claim.release()
 
 
 def test_of_many_threads_one_gets_the_lease(tmp_path: Path) -> None:
