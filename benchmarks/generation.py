@@ -8,7 +8,8 @@ The engine is a stub: it takes a fixed time for up to so many requests together,
 - rows: durable rows per second, against datatrove's inference runner with checkpoints on (see
   datatrove_peer.py; `--peer-python` names a Python that has it). Both have equally many requests in
   flight, of the same latency, on the same file system, and take turns. A row of ours is two calls
-  and a verdict; a document of the peer is one call ("1 call"), or two, one after the other.
+  and a verdict; a document of the peer is one call ("1 call"), or two, one after the other. Told for
+  the disk as it is, and with each fsync of either side 3 ms later, as on a shared file system.
 - overhead: time that isn't the engine's, with 64 slots, 128 runnable chains and steps of 50 ms,
   where each fsync takes 0 or 10 ms (replaced by a pause, so that the disk doesn't matter). Told
   beyond what the engine's steps took (on a busy machine a pause is longer than asked for), beyond
@@ -23,12 +24,13 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,6 +65,18 @@ DURABLE = {
     ),
 }
 NUM_SEEDS = 64
+_LATE_FSYNC = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <unistd.h>
+static int late(const char *name, int descriptor) {
+    usleep(PAUSE_US);
+    return ((int (*)(int)) dlsym(RTLD_NEXT, name))(descriptor);
+}
+int fsync(int descriptor) { return late("fsync", descriptor); }
+int fdatasync(int descriptor) { return late("fdatasync", descriptor); }
+"""
+_LATE_S = 0.003
 _REWRITE = "Describe in {seed} words how the parts of a plan fit together, and name one risk. " * 5
 _ANSWER = "The parts fit together since each of them needs what the one before it has made. " * 8
 
@@ -215,8 +229,16 @@ def run_child(root: Path, load: Load) -> None:
     write_json(root / f"times-{read_ranks().rank}.json", times)
 
 
-def timed_run(load: Load, folder: Path, num_ranks: int = 1) -> Result:
+def timed_run(
+    load: Load, folder: Path, num_ranks: int = 1, more: Mapping[str, str] | None = None
+) -> Result:
     """Start the processes of a run and see how long they were at work.
+
+    Args:
+        load: The run.
+        folder: Where it is put.
+        num_ranks: Processes that MPI joins.
+        more: Additions to their environment.
 
     Raises:
         RuntimeError: Something failed, or rows are missing.
@@ -227,7 +249,7 @@ def timed_run(load: Load, folder: Path, num_ranks: int = 1) -> Result:
         words = [*(mpiexec(num_ranks) if num_ranks > 1 else ()), sys.executable, __file__]
         done = subprocess.run(
             (*words, "--child", root, json.dumps(vars(load))),
-            env=environment(),
+            env={**environment(), **(more or {})},
             capture_output=True,
             text=True,
             timeout=600,
@@ -242,7 +264,8 @@ def timed_run(load: Load, folder: Path, num_ranks: int = 1) -> Result:
         if manifest["counts"]["kept"] != load.num_rows:
             raise RuntimeError(f"not all of {load.num_rows} rows were kept: {manifest['counts']}")
     return {
-        "seconds": max(one["end"] for one in times) - min(one["start"] for one in times),
+        # The first to be through has written the manifest.
+        "seconds": min(one["end"] for one in times) - min(one["start"] for one in times),
         "in_units": max(one["in_units"] for one in times),
         "engine": sum(one["engine"] for one in times),
         "cpu": sum(one["cpu"] for one in times),
@@ -277,7 +300,21 @@ def fsync_ms(folder: Path) -> float:
     return round(1000 * statistics.median(times), 3)
 
 
-def run_peer(python: str, folder: Path, load: Load, documents: int, calls: int) -> Result:
+def late_fsync(folder: Path, seconds: float) -> dict[str, str] | None:
+    """Environment of a process whose every fsync comes so much later; None without a compiler."""
+    if (compiler := shutil.which("cc")) is None:
+        return None
+    source, library = folder / "late.c", folder / "late.so"
+    source.write_text(_LATE_FSYNC)
+    pause = f"-DPAUSE_US={round(1e6 * seconds)}"
+    words = (compiler, "-shared", "-fPIC", pause, "-o", str(library), str(source), "-ldl")
+    subprocess.run(words, check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
+def run_peer(
+    python: str, folder: Path, load: Load, documents: int, calls: int, more: Mapping[str, str]
+) -> Result:
     with tempfile.TemporaryDirectory(dir=folder) as root:
         done = subprocess.run(
             (
@@ -285,6 +322,7 @@ def run_peer(python: str, folder: Path, load: Load, documents: int, calls: int) 
                 *("--documents", str(documents), "--calls", str(calls)),
                 *("--in-flight", str(load.slots), "--latency", str(load.step_s)),
             ),
+            env={**os.environ, **more},
             capture_output=True,
             text=True,
             timeout=600,
@@ -311,36 +349,53 @@ def measure_rows(folder: Path, repeats: int, python: str, documents: int) -> Res
     with_peer = has_peer(python)
     if not with_peer:
         print(f"{SIDE} is NOT COMPARED: {python} lacks it or what it needs (datatrove_peer.py)")
-    rates: dict[str, list[float]] = {}
-    versions = set()
-    for _ in range(repeats):
-        found = timed_run(load, folder)
-        rates.setdefault("teams_hpc", []).append(load.num_rows / found["seconds"])
-        for calls in (1, 2) if with_peer else ():
-            peer = run_peer(python, folder, load, documents, calls)
-            name = f"{SIDE}, {calls} call{'s' if calls > 1 else ''}"
-            rates.setdefault(name, []).append(peer["documents"] / peer["seconds"])
-            versions.add(peer["version"])
-    print(f"\ndurable rows per second, {load.slots} in flight, {1000 * load.step_s:.0f} ms a call")
-    for name, values in rates.items():
-        times = [ours / value for ours, value in zip(rates["teams_hpc"], values, strict=True)]
-        print(f"  {name:<20} {spread(summary(values))}   ours is {statistics.median(times):.1f} x")
+    disks: dict[str, Result] = {}
+    versions: set[str] = set()
+    print(f"durable rows per second, {load.slots} in flight, {1000 * load.step_s:.0f} ms a call")
+    with tempfile.TemporaryDirectory() as tools:
+        late = late_fsync(Path(tools), _LATE_S)
+        if late is None:
+            print("a slower disk is NOT MEASURED: there is no C compiler (cc)")
+        ways = {"as it is": {}} | ({f"{1000 * _LATE_S:.0f} ms later": late} if late else {})
+        for disk, more in ways.items():
+            rates: dict[str, list[float]] = {}
+            for _ in range(repeats):
+                ours = timed_run(load, folder, more=more)
+                rates.setdefault("teams_hpc", []).append(load.num_rows / ours["seconds"])
+                for calls in (1, 2) if with_peer else ():
+                    peer = run_peer(python, folder, load, documents, calls, more)
+                    name = f"{SIDE}, {calls} call{'s' if calls > 1 else ''}"
+                    rates.setdefault(name, []).append(peer["documents"] / peer["seconds"])
+                    versions.add(peer["version"])
+            disks[disk] = compared(f"fsync {disk}", rates)
     for name, what in DURABLE.items():
         print(f"  {name} makes durable: {what}")
-    ours = rates["teams_hpc"]
     return {
         "load": vars(load),
         "peer_documents": documents,
         "peer_version": sorted(versions),
         "fsync_ms": fsync_ms(folder),
         "durable": DURABLE,
+        "fsync": disks,
+        "target": "at least 20 times the peer",
+    }
+
+
+def compared(disk: str, rates: Mapping[str, Sequence[float]]) -> Result:
+    """Rows per second of each, and how many times ours are the others'; printed and returned."""
+    ours = rates["teams_hpc"]
+    times = {
+        name: summary([a / b for a, b in zip(ours, values, strict=True)], 2)
+        for name, values in rates.items()
+        if name != "teams_hpc"
+    }
+    print(f"  {disk}")
+    for name, values in rates.items():
+        ratio = f"   ours is {times[name]['median']:.1f} x" if name in times else ""
+        print(f"    {name:<20} {spread(summary(values))}{ratio}")
+    return {
         "rows_per_second": {name: summary(values, 1) for name, values in rates.items()},
-        "times_faster": {
-            name: summary([a / b for a, b in zip(ours, values, strict=True)], 2)
-            for name, values in rates.items()
-            if name != "teams_hpc"
-        },
-        "target": "at least 20 times the peer with 1 call",
+        "times_faster": times,
     }
 
 
@@ -387,7 +442,7 @@ def measure_ranks(folder: Path, repeats: int) -> Result | None:
     if missing := missing_mpi():
         print(f"ranks are NOT MEASURED: this machine lacks {missing}")
         return None
-    load = Load(units=16, unit_size=64, num_steps=2, slots=64, step_s=0.2)
+    load = Load(units=32, unit_size=64, num_steps=2, slots=64, step_s=0.2)
     sizes = (1, 2, 4)
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     cpu: dict[int, list[float]] = {size: [] for size in sizes}
