@@ -8,8 +8,8 @@ The engine is a stub: it takes a fixed time for up to so many requests together,
 - rows: durable rows per second, against datatrove's inference runner with checkpoints on (see
   datatrove_peer.py; `--peer-python` names a Python that has it). Both have equally many requests in
   flight, of the same latency, on the same file system, and take turns. A row of ours is two calls
-  and a verdict; a document of the peer is one call ("1 call"), or two, one after the other. Told for
-  the disk as it is, and with each fsync of either side 3 ms later, as on a shared file system.
+  and a verdict; a document of the peer is one call ("1 call"), or two, one after the other. Told
+  for the disk as it is, and with each fsync of either side 3 ms later, as on a shared file system.
 - overhead: time that isn't the engine's, with 64 slots, 128 runnable chains and steps of 50 ms,
   where each fsync takes 0 or 10 ms (replaced by a pause, so that the disk doesn't matter). Told
   beyond what the engine's steps took (on a busy machine a pause is longer than asked for), beyond
@@ -437,12 +437,12 @@ def measure_overhead(folder: Path, repeats: int) -> Result:
     }
 
 
-def measure_ranks(folder: Path, repeats: int) -> Result | None:
+def measure_ranks(folder: Path, repeats: int, step_s: float) -> Result | None:
     """How well ranks share a run: time of one, over number times time of several."""
     if missing := missing_mpi():
         print(f"ranks are NOT MEASURED: this machine lacks {missing}")
         return None
-    load = Load(units=32, unit_size=64, num_steps=2, slots=64, step_s=0.2)
+    load = Load(units=16, unit_size=64, num_steps=2, slots=64, step_s=step_s)
     sizes = (1, 2, 4)
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     cpu: dict[int, list[float]] = {size: [] for size in sizes}
@@ -506,6 +506,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-python", default=sys.executable, help="a Python with datatrove")
     parser.add_argument("--peer-documents", type=int, default=400)
+    parser.add_argument("--rank-step", type=float, default=0.5, help="seconds of a step: ranks")
     parser.add_argument("--folder", type=Path, help="where runs are put; default: as tempfile")
     parser.add_argument("--label", default="", help="added to the name of the results")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -520,7 +521,7 @@ def main() -> None:
             folder, repeats, arguments.peer_python, arguments.peer_documents
         ),
         "overhead": lambda: measure_overhead(folder, repeats),
-        "ranks": lambda: measure_ranks(folder, repeats),
+        "ranks": lambda: measure_ranks(folder, repeats, arguments.rank_step),
     }
     results = {}
     for name in arguments.parts.split(","):
@@ -534,7 +535,10 @@ def main() -> None:
         "what": "generation beside its engine: durable rows, overhead, ranks",
         "date": f"{now:%Y-%m-%d}",
         "commit": measured_at,
-        "command": f"benchmarks/generation.py --parts {arguments.parts} --repeats {repeats}",
+        "command": (
+            f"benchmarks/generation.py --parts {arguments.parts} --repeats {repeats} "
+            f"--rank-step {arguments.rank_step}"
+        ),
         "machine": ran_on,
         "results": results,
     }
