@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import cast, get_args
 
 from teams_hpc.config import Config
+from teams_hpc.config.schema import EngineConfig, TransformersEngineConfig
 from teams_hpc.errors import BudgetError, CorruptFileError, EngineError
 from teams_hpc.generation.budget import Budget
 from teams_hpc.generation.calls import CallDigests, Calls, ClaimLost, fixed_batch_size
+from teams_hpc.generation.engine_ahead import EngineAhead
 from teams_hpc.generation.evolve import Chain, Row, Steering
 from teams_hpc.generation.outcome import Counts, describe_engine, publish_unit, write_outcome
 from teams_hpc.generation.plan import Plan, settle_plan
@@ -113,6 +115,17 @@ def _observation_kind(run_dir: RunDir, policy: OperationPolicy) -> ObservationKi
     )
 
 
+def _slots_to_refill(config: EngineConfig) -> int | None:
+    """Requests of a batch where it may be formed before all of the last one's followers are there.
+
+    None where that would change batches that have to stay (`fixed`), and for engines that lose no
+    time: served ones work on by themselves.
+    """
+    if isinstance(config, TransformersEngineConfig) and config.batching == "refill":
+        return config.batch_size
+    return None
+
+
 @dataclass(slots=True)
 class _Equipment:
     """What a worker needs to run units; loaded only once there is one to run."""
@@ -128,6 +141,8 @@ class _Equipment:
         expert, reviewer = load_engines(config.expert, config.reviewer)
         if expert is reviewer and config.reviewer.verdict == "generated":
             expert, reviewer = share_engine(expert)
+        elif expert is not reviewer and (slots := _slots_to_refill(config.expert)) is not None:
+            expert = EngineAhead(expert, slots)
         steering = Steering(
             run_seed=config.seed,
             settings=config.generate,

@@ -6,7 +6,9 @@ answer. The first that applies is the reason.
 """
 
 import re
+from collections.abc import Iterator
 from enum import StrEnum
+from itertools import zip_longest
 
 from teams_hpc.llm.base import Completion
 from teams_hpc.rewriting.operations import (
@@ -54,6 +56,10 @@ _STOP_WORDS = frozenset(
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
+def _words(text: str) -> Iterator[str]:
+    return (match.group() for match in _WORD.finditer(text.casefold()))
+
+
 def normal_text(text: str) -> str:
     """A text for comparison: its words, case folded; white space and punctuation are gone."""
     return " ".join(_WORD.findall(text.casefold()))
@@ -76,8 +82,9 @@ def is_unusable(rewrite: str, parent: str, *, is_cut_off: bool, max_words: int) 
     """Empty, unchanged, cut off or over length."""
     if is_cut_off or len(rewrite.split()) > max_words:
         return True
-    compared = normal_text(rewrite)
-    return not compared or compared == normal_text(parent)
+    # Word by word, since the first that differs settles it.
+    pairs = zip_longest(_words(rewrite), _words(parent))
+    return all(new == old for new, old in pairs) or next(_words(rewrite), None) is None
 
 
 def check_rewrite(
@@ -123,7 +130,6 @@ def check_answer(completion: Completion) -> Reason:
     text = completion.text
     if "sorry" in text.casefold() and len(text.split()) < REFUSAL_WORDS:
         return Reason.REFUSAL
-    words = _WORD.findall(text.casefold().replace("’", "'"))
-    if all(word in _STOP_WORDS for word in words):
+    if all(word in _STOP_WORDS for word in _words(text.replace("’", "'"))):
         return Reason.EMPTY_ANSWER
     return Reason.NONE

@@ -12,6 +12,7 @@ import pytest
 from teams_hpc.config.schema import GenerateConfig, TemplateEngineConfig, TemplateReviewerConfig
 from teams_hpc.errors import CorruptFileError, EngineError, StopRequested, WorkError
 from teams_hpc.generation.calls import CallDigests, Calls, ClaimLost
+from teams_hpc.generation.engine_ahead import EngineAhead
 from teams_hpc.generation.evolve import Chain, Row, Steering
 from teams_hpc.generation.plan import ChainKey
 from teams_hpc.generation.shared_engine import share_engine
@@ -176,10 +177,14 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Row], list[str
     return rows, sorted(done)
 
 
-@pytest.mark.parametrize("batch_size", [None, 4])
+@pytest.mark.parametrize(("batch_size", "slots"), [(None, None), (4, None), (None, 3)])
 @pytest.mark.parametrize("dies_after", [False, True])
 def test_killed_at_any_commit_it_repeats_no_durable_call(
-    tmp_path: Path, quiet: tuple[list[Row], list[str]], dies_after: bool, batch_size: int | None
+    tmp_path: Path,
+    quiet: tuple[list[Row], list[str]],
+    dies_after: bool,
+    batch_size: int | None,
+    slots: int | None,
 ) -> None:
     rows, keys = quiet
     for kill_at in range(1, 40, 2):
@@ -188,11 +193,12 @@ def test_killed_at_any_commit_it_repeats_no_durable_call(
         for attempt in range(60):
             expert = Stub()
             experts.append(expert)
+            engine = expert if slots is None else EngineAhead(expert, slots)
             before = set(done_and_doubted(folder)[0])
             try:
                 found, log = run(
                     folder,
-                    expert,
+                    engine,
                     Stub(),
                     batch_size=batch_size,
                     left=kill_at + attempt,
@@ -200,6 +206,8 @@ def test_killed_at_any_commit_it_repeats_no_durable_call(
                 )
             except Killed:
                 found = []
+            finally:
+                engine.close()
             assert not before & set(expert.asked)
             if found:
                 break

@@ -1,0 +1,98 @@
+"""Documents per second of datatrove's inference runner with checkpoints on, for generation.py.
+
+    <a Python that has datatrove> benchmarks/datatrove_peer.py --documents 1000 --in-flight 256 \\
+        --latency 0.01 --calls 1 --folder DIR
+
+datatrove lives in a virtual environment of its own:
+
+    pip install 'datatrove[io]' aiofiles aiosqlite httpx orjson xxhash
+
+The server is replaced by a pause, without HTTP, which is the peer's best case. The last line
+printed is JSON. Imports and the server's start are not timed.
+"""
+
+import argparse
+import asyncio
+import importlib.metadata
+import json
+import sys
+import time
+from pathlib import Path
+
+from datatrove.data import Document
+from datatrove.pipeline.inference.run_inference import InferenceConfig, InferenceRunner
+from datatrove.pipeline.inference.servers import DummyServer
+from datatrove.pipeline.writers import JsonlWriter
+from loguru import logger
+
+TEXT = "A reply of about a hundred words, as the stub of the other side gives it. " * 7
+
+
+class PausingServer(DummyServer):
+    """Answers after a while, and needs no time to start."""
+
+    latency_s = 0.0
+
+    async def bg_start_server(self):
+        self._server_ready.set_result(True)
+
+    async def _make_request(self, payload):
+        await asyncio.sleep(self.latency_s)
+        return {
+            "choices": [{"message": {"content": TEXT}, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 100, "total_tokens": 200},
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--documents", type=int, required=True)
+    parser.add_argument("--in-flight", type=int, required=True)
+    parser.add_argument("--latency", type=float, required=True)
+    parser.add_argument("--calls", type=int, default=1, help="calls of a document, one by one")
+    parser.add_argument("--folder", type=Path, required=True)
+    arguments = parser.parse_args()
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
+    PausingServer.latency_s = arguments.latency
+
+    async def rollout(document, generate):
+        for number in range(arguments.calls):
+            content = f"{number} {document.text}"
+            result = await generate({"messages": [{"role": "user", "content": content}]})
+        return result
+
+    output = arguments.folder / "output"
+    runner = InferenceRunner(
+        rollout_fn=rollout,
+        config=InferenceConfig(
+            server_type="dummy",
+            model_name_or_path="stub",
+            max_concurrent_generations=arguments.in_flight,
+        ),
+        output_writer=JsonlWriter(
+            str(output), output_filename="${rank}_chunk_${chunk_index}.jsonl", compression=None
+        ),
+        checkpoints_local_dir=str(arguments.folder / "checkpoints"),
+    )
+    runner._init_server = lambda rank: PausingServer(runner.config, rank)
+    documents = [
+        Document(text=f"Tell me about the number {number}.", id=str(number))
+        for number in range(arguments.documents)
+    ]
+    start = time.monotonic()
+    runner.run(iter(documents))
+    seconds = time.monotonic() - start
+    written = sum(path.read_text().count("\n") for path in output.rglob("*.jsonl"))
+    if written != arguments.documents:
+        raise RuntimeError(f"{written} of {arguments.documents} documents were written")
+    result = {
+        "version": importlib.metadata.version("datatrove"),
+        "documents": written,
+        "seconds": seconds,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
