@@ -23,6 +23,7 @@ from teams_hpc.errors import CorruptFileError, EngineError
 from teams_hpc.generation.unit_log import UnitLog
 from teams_hpc.llm.base import Completion, Engine, Request
 from teams_hpc.llm.ledger import Ledger
+from teams_hpc.rewriting.identity import length_prefixed
 from teams_hpc.rewriting.operations import PROMPT_SCHEMA
 from teams_hpc.rewriting.reviewer import Pair, Reviewer
 from teams_hpc.storage.journal import Batch, Result, Tokens
@@ -45,10 +46,7 @@ class ClaimLost(Exception):
 
 def _hash(start: Any, *parts: str) -> str:
     state = start.copy()
-    for part in parts:
-        encoded = part.encode("utf-8", "surrogatepass")
-        state.update(len(encoded).to_bytes(8, "little"))
-        state.update(encoded)
+    state.update(length_prefixed(parts))
     return str(state.hexdigest())
 
 

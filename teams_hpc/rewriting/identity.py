@@ -5,17 +5,19 @@ a counter-based function of that id and a purpose.
 """
 
 import hashlib
+from collections.abc import Iterable
 
 _TWO_53 = float(1 << 53)
 
 
+def length_prefixed(parts: Iterable[str | int]) -> bytes:
+    """The parts as bytes that no other parts give, each after its length."""
+    encoded = [str(part).encode("utf-8", "surrogatepass") for part in parts]
+    return b"".join([piece for one in encoded for piece in (len(one).to_bytes(8, "little"), one)])
+
+
 def _digest(parts: tuple[str | int, ...], size: int) -> bytes:
-    state = hashlib.blake2b(digest_size=size)
-    for part in parts:
-        encoded = str(part).encode("utf-8", "surrogatepass")
-        state.update(len(encoded).to_bytes(8, "little"))
-        state.update(encoded)
-    return state.digest()
+    return hashlib.blake2b(length_prefixed(parts), digest_size=size).digest()
 
 
 def seed_id(instruction: str, input_text: str) -> str:
