@@ -184,6 +184,20 @@ def stage(
     run_task(name, run_dir, index)
 
 
+@app.command(hidden=True)
+def reshape(
+    run_dir: RunFolder,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes to come; default: site.num_sft_ranks.")
+    ] = None,
+) -> None:
+    """Let another number of processes go on with the fine-tuning; `run` and job scripts call it."""
+    from teams_hpc.pipeline.reshape import reshape_if_needed
+
+    if (folder := reshape_if_needed(run_dir, ranks)) is not None:
+        print(folder)
+
+
 @app.command()
 def status(
     run_dir: RunFolder,

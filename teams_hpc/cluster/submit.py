@@ -163,6 +163,11 @@ class Submitter:
         text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
         return text
 
+    def _reshaping(self, words: Sequence[str], spec: JobSpec) -> str:
+        """Before the step: let its processes go on where another number of them stopped."""
+        command = (*words, "-m", "teams_hpc", "reshape", str(self.run_dir.root))
+        return f"{shlex.join((*command, '--ranks', str(spec.world_size)))} || exit"
+
     def _executor(
         self,
         spec: JobSpec,
@@ -186,6 +191,7 @@ class Submitter:
             setup=[
                 *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
                 (SHELL / "prologue.sh").read_text(encoding="utf-8"),
+                *([self._reshaping(words, spec)] if spec.stage == "sft" else ()),
             ],
             srun_args=list(SRUN_OPTIONS),
             teardown=[(SHELL / "requeue.sh").read_text(encoding="utf-8")],

@@ -35,6 +35,7 @@ _WHERE_AND_HOW_HARD = frozenset(
         "sft.micro_batch_rows",
         "sft.offload_optimizer",
         "sft.offload_parameters",
+        "sft.sub_group_size",
         "sft.checkpoint_interval_steps",
         "sft.keep_checkpoints",
         "sft.eval_interval_steps",

@@ -287,6 +287,9 @@ class SftConfig(Section):
     activation_checkpointing: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    sub_group_size: Count = Field(
+        1_000_000_000, description="parameters updated at a time at stage 3; the result is the same"
+    )
     checkpoint_interval_steps: Count = 100
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     eval_interval_steps: Count = 50

@@ -11,6 +11,7 @@ from teams_hpc.config.check import check_inputs
 from teams_hpc.errors import WorkError
 from teams_hpc.pipeline.graph import Stage, stage_graph, task_name
 from teams_hpc.pipeline.inputs import is_done, prepare_stage, set_aside_outdated
+from teams_hpc.pipeline.reshape import needs_reshaping
 from teams_hpc.pipeline.retry import begin_retry
 from teams_hpc.pipeline.start import prepared_run
 from teams_hpc.pipeline.task import error_path
@@ -61,6 +62,8 @@ def _run_stage(
     set_aside_outdated(run_dir, config, stage)
     observer.stage_started(stage)
     start = time.monotonic()
+    if stage.form == "ranks" and needs_reshaping(run_dir, config.site.num_sft_ranks):
+        _reshape(run_dir, observer, stop)
     tasks = stage_tasks(run_dir, config, stage)
     for task in tasks:
         error_path(run_dir, task.name).unlink(missing_ok=True)
@@ -83,6 +86,20 @@ def _run_stage(
     if not is_done(run_dir, config, stage):
         raise WorkError(f"{stage.name} ended without its manifest; see {run_dir.logs}")
     observer.stage_finished(stage, time.monotonic() - start, group.num_restarts)
+
+
+def _reshape(run_dir: RunDir, observer: Observer, stop: StopFlag) -> None:
+    log = run_dir.log("sft-reshape")
+    argv = (sys.executable, "-m", "teams_hpc", "reshape", str(run_dir.root))
+    TaskGroup(
+        tasks=[Task(name="sft-reshape", argv=argv, log=log, environment={})],
+        num_parallel=1,
+        together=False,
+        max_restarts=0,
+        progress=lambda: [],
+        explain=lambda _: log.read_text(encoding="utf-8", errors="replace").strip()[-2000:],
+        on_tick=observer.tick,
+    ).run(stop)
 
 
 def _last_words(run_dir: RunDir, task: str) -> str:

@@ -4,6 +4,9 @@
         manifest.json    step, world size, input digest, state of the run, SHA-256 of every file,
                      seconds the save took (a job must be warned so long before its end)
         zero/            what DeepSpeed writes, a part by each process (pickles)
+    checkpoints/universal-000123/
+        manifest.json    of which checkpoint it was made, SHA-256 of every file
+        zero/            the same state, parameter by parameter, for any number of processes
 
 A folder is filled under a temporary name, the manifest last, and then renamed.
 """
@@ -13,13 +16,15 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from teams_hpc.config.digest import file_digest
 from teams_hpc.errors import CorruptFileError, InputChangedError, UsageError, WorkError
+from teams_hpc.runtime.ranks import Ranks
 from teams_hpc.sft.folders import (
     commit_folder,
     files_below,
@@ -28,13 +33,39 @@ from teams_hpc.sft.folders import (
     remove_leftover_folders,
     temporary_folder,
 )
-from teams_hpc.sft.world import World
 from teams_hpc.storage.atomic import naming_disk_faults, read_json, write_json
 
 _SCHEMA = 1
 _MANIFEST = "manifest.json"
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _log = logging.getLogger(__name__)
+
+
+class Peers(Protocol):
+    """The processes that share the work on checkpoints; see `world.World`."""
+
+    @property
+    def ranks(self) -> Ranks: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def is_first(self) -> bool: ...
+    def gather(self, value: Any) -> list[Any]: ...
+    def barrier(self) -> None: ...
+
+
+class Alone:
+    """A process without peers."""
+
+    ranks = Ranks()
+    size = 1
+    is_first = True
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
 
 
 class Saves(Protocol):
@@ -76,10 +107,18 @@ class RunState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint found on disk, not yet verified."""
+    """A checkpoint found on disk.
+
+    Attributes:
+        folder: Where it is.
+        world_size: Processes that can go on from it; None: any number.
+        digest: Of the stage's inputs.
+        state: Of the run.
+        files: SHA-256 of each file.
+    """
 
     folder: Path
-    world_size: int
+    world_size: int | None
     digest: str
     state: RunState
     files: dict[str, str]
@@ -95,7 +134,7 @@ class CheckpointStore:
         keep: How many of the newest to keep.
     """
 
-    def __init__(self, folder: Path, digest: str, world: World, keep: int) -> None:
+    def __init__(self, folder: Path, digest: str, world: Peers, keep: int) -> None:
         self._folder = folder
         self._digest = digest
         self._world = world
@@ -110,7 +149,6 @@ class CheckpointStore:
 
         Raises:
             InputChangedError: It is of other inputs.
-            UsageError: It was written by another number of processes.
             WorkError: Somebody else could have written it.
         """
         for path in reversed(self._folders()):
@@ -122,6 +160,36 @@ class CheckpointStore:
             _log.warning("%s is damaged: going on from an earlier checkpoint, if any", path)
         return None
 
+    def universal(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        """The same state for any number of processes, if it has been made and is intact.
+
+        Raises:
+            WorkError: Somebody else could have written it.
+        """
+        folder = self._universal_folder(checkpoint)
+        try:
+            content: Any = read_json(folder / _MANIFEST)
+        except (FileNotFoundError, CorruptFileError):
+            return None
+        found = replace(checkpoint, folder=folder, world_size=None, files=content["files"])
+        _refuse_others(self._folder, folder)
+        is_of_it = content["made_of"] == file_digest(checkpoint.folder / _MANIFEST)
+        return found if is_of_it and self._is_intact(found) else None
+
+    def make_universal(self, checkpoint: Checkpoint, convert: Callable[[Path, Path], None]) -> None:
+        """Make the state of a checkpoint fit any number of processes.
+
+        Args:
+            checkpoint: From `latest`.
+            convert: Called with the checkpoint's folder and an empty one to fill.
+
+        Raises:
+            WorkError: The disk is full or failing; the checkpoint stays.
+        """
+        with self._filling(self._universal_folder(checkpoint)) as temporary:
+            convert(checkpoint.folder, temporary)
+            self._seal(temporary, {"made_of": file_digest(checkpoint.folder / _MANIFEST)})
+
     def save(self, engine: Saves, state: RunState) -> None:
         """Write a checkpoint, then remove older ones that are too many, and damaged later ones.
 
@@ -129,32 +197,38 @@ class CheckpointStore:
             WorkError: The disk is full or failing; earlier checkpoints stay.
         """
         target = self._folder / f"step-{state.step:06d}"
-        temporary = temporary_folder(target)
         start = time.monotonic()
+        with self._filling(target) as temporary:
+            engine.save(temporary)
+            self._world.barrier()
+            content = {
+                "schema": _SCHEMA,
+                "digest": self._digest,
+                "world_size": self._world.size,
+                "state": asdict(state),
+            }
+            self._seal(temporary, content, since=start)
+        if self._world.is_first:
+            self._prune(target)
+        self._world.barrier()
+        _log.info("checkpoint %s", target)
+
+    @contextmanager
+    def _filling(self, target: Path) -> Iterator[Path]:
+        """An empty folder that nobody else can enter, which then takes the name `target`."""
+        temporary = temporary_folder(target)
         with naming_disk_faults(target):
             if self._world.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(mode=0o700)
             self._world.barrier()
-            # Nobody else can enter the folder while what is in it is being written.
-            engine.save(temporary)
-            self._world.barrier()
-            files = self._sealed(temporary)
+            yield temporary
             if self._world.is_first:
-                content = {
-                    "schema": _SCHEMA,
-                    "digest": self._digest,
-                    "world_size": self._world.size,
-                    "state": asdict(state),
-                    "files": files,
-                    "save_s": time.monotonic() - start,
-                }
-                write_json(temporary / _MANIFEST, content)
-                (temporary / _MANIFEST).chmod(0o600)
                 commit_folder(temporary, target)
-                self._prune(target)
             self._world.barrier()
-        _log.info("checkpoint %s", target)
+
+    def _universal_folder(self, checkpoint: Checkpoint) -> Path:
+        return self._folder / f"universal-{checkpoint.state.step:06d}"
 
     def _folders(self) -> list[Path]:
         """Complete checkpoints, by step."""
@@ -166,13 +240,17 @@ class CheckpointStore:
         end = folders.index(newest) + 1
         for folder in (*folders[: max(0, end - self._keep)], *folders[end:]):
             remove_folder(folder)
+        steps = {_step(folder) for folder in self._folders()}
+        for folder in self._folder.glob("universal-*"):
+            if _step(folder) not in steps:
+                remove_folder(folder)
 
     def _mine(self, names: Iterable[str]) -> list[str]:
         """This process's share of the work on some files."""
         return sorted(names)[self._world.ranks.rank :: self._world.size]
 
-    def _sealed(self, folder: Path) -> dict[str, str]:
-        """Make every file durable and all writable by its owner alone; returns their SHA-256."""
+    def _seal(self, folder: Path, content: dict[str, Any], since: float | None = None) -> None:
+        """Make every file durable and private; write the manifest, with their SHA-256."""
         for path in folder.rglob("*"):
             if path.is_dir():
                 path.chmod(0o700)
@@ -182,9 +260,13 @@ class CheckpointStore:
             path.chmod(0o600)
             make_durable(path)
             digests[name] = file_digest(path)
-        return {
-            name: digest for part in self._world.gather(digests) for name, digest in part.items()
-        }
+        parts = self._world.gather(digests)
+        if not self._world.is_first:
+            return
+        files = {name: digest for part in parts for name, digest in part.items()}
+        took = {} if since is None else {"save_s": time.monotonic() - since}
+        write_json(folder / _MANIFEST, {**content, "files": files, **took})
+        (folder / _MANIFEST).chmod(0o600)
 
     def _is_intact(self, checkpoint: Checkpoint) -> bool:
         faults = 0
@@ -199,19 +281,36 @@ class CheckpointStore:
                 f"{checkpoint.folder} was made from other inputs (model, data or settings); "
                 "start over with --rerun-from sft"
             )
-        if checkpoint.world_size != self._world.size:
-            raise UsageError(
-                f"{checkpoint.folder} was written by {checkpoint.world_size} processes and can't "
-                f"be continued by {self._world.size}; "
-                f"set site.num_sft_ranks={checkpoint.world_size}, or start over with "
-                "--rerun-from sft"
-            )
-        for path in (self._folder, checkpoint.folder, *checkpoint.folder.rglob("*")):
-            _refuse_writable_by_others(path)
+        _refuse_others(self._folder, checkpoint.folder)
+
+
+def checkpoint_for(store: CheckpointStore, num_ranks: int, run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint as so many processes can go on from it.
+
+    Raises:
+        UsageError: It was written by another number, and has not been reshaped.
+    """
+    checkpoint = store.latest()
+    if checkpoint is None or checkpoint.world_size == num_ranks:
+        return checkpoint
+    universal = store.universal(checkpoint)
+    if universal is None:
+        raise UsageError(
+            f"{checkpoint.folder} was written by {checkpoint.world_size} processes; before "
+            f"{num_ranks} can go on from it, call\n"
+            f"  teams-hpc reshape {run_dir} --ranks {num_ranks}\n"
+            "(`run` and the job scripts do that themselves)"
+        )
+    return universal
+
+
+def _refuse_others(parent: Path, folder: Path) -> None:
+    """DeepSpeed's state is pickled: reading it runs what is written there."""
+    for path in (parent, folder, *folder.rglob("*")):
+        _refuse_writable_by_others(path)
 
 
 def _refuse_writable_by_others(path: Path) -> None:
-    """DeepSpeed's state is pickled: reading it runs what is written there."""
     found = path.stat()
     if found.st_uid != os.getuid() or found.st_mode & _OTHERS_MAY_WRITE:
         raise WorkError(

@@ -60,7 +60,11 @@ def plan_batch(sft: SftConfig, world_size: int) -> BatchPlan:
 
 
 def deepspeed_config(
-    config: Config, world_size: int, device: Literal["cpu", "cuda"]
+    config: Config,
+    world_size: int,
+    device: Literal["cpu", "cuda"],
+    *,
+    is_reshaped: bool = False,
 ) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
@@ -71,6 +75,7 @@ def deepspeed_config(
         config: The run's configuration.
         world_size: Processes.
         device: What the processes compute on.
+        is_reshaped: They go on from what another number of processes has written.
 
     Raises:
         UsageError: The batch can't be divided.
@@ -84,6 +89,7 @@ def deepspeed_config(
     }
     if sft.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
+        zero["sub_group_size"] = sft.sub_group_size
     if device == "cuda":
         zero |= _offload(sft)
     return {
@@ -95,6 +101,7 @@ def deepspeed_config(
         # Summing many bfloat16 gradients in bfloat16 loses the small ones.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
+        "checkpoint": {"load_universal": is_reshaped},
         # Ours is torch's AdamW, on every device: DeepSpeed's own would be compiled at first use.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

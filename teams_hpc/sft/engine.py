@@ -16,9 +16,8 @@ from teams_hpc.sft.attention import Attention, packed_logits
 from teams_hpc.sft.data import IGNORED, Batch, PackedRows
 from teams_hpc.sft.deepspeed_config import plan_batch
 from teams_hpc.sft.model import BuiltModel
+from teams_hpc.sft.reshaping import TAG, repair_universal_load
 from teams_hpc.sft.world import World
-
-_TAG = "zero"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +88,10 @@ class ZeroEngine:
             lr=config.sft.learning_rate,
             fused=world.device == "cuda",
         )
+        self._groups = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
         self._engine, *_ = deepspeed.initialize(
             model=built.model, optimizer=optimizer, config=zero_config
         )
@@ -160,7 +163,7 @@ class ZeroEngine:
             WorkError: The file system refuses it.
         """
         try:
-            self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+            self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         except RuntimeError as error:
             if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
                 raise
@@ -170,14 +173,16 @@ class ZeroEngine:
             ) from error
 
     def load(self, folder: Path) -> None:
-        """Take over what `save` wrote; only right after the engine was made.
+        """Take over what `save` wrote, or what was made of it; only right after this was made.
 
         Raises:
             WorkError: DeepSpeed doesn't find its state there.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise WorkError(f"DeepSpeed finds no state in {folder}; remove that folder")
+        if self._engine.load_universal_checkpoint() and self._zero_stage == 3:
+            repair_universal_load(self._engine.optimizer.optimizer, self._groups)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All weights, whole, on the CPU: on the first process; the others get {}."""

@@ -6,8 +6,6 @@ rows is a function of (seed, epoch, step), so a checkpoint is DeepSpeed's state 
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +13,13 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from teams_hpc.config import Config, ModelShape
-from teams_hpc.errors import RunInUseError, WorkError
+from teams_hpc.errors import WorkError
 from teams_hpc.runtime.metrics import Progress, append_metrics, read_metrics
 from teams_hpc.runtime.preemption import StopFlag
-from teams_hpc.runtime.ranks import Ranks, read_ranks
+from teams_hpc.runtime.ranks import read_ranks
 from teams_hpc.sft.attention import Attention, check_isolation, choose_attention
-from teams_hpc.sft.checkpointing import Checkpoint, CheckpointStore, RunState
+from teams_hpc.sft.checkpointing import Checkpoint, CheckpointStore, RunState, checkpoint_for
+from teams_hpc.sft.claim import claimed
 from teams_hpc.sft.data import Batch, PackedRows, RowOrder
 from teams_hpc.sft.deepspeed_config import BatchPlan, deepspeed_config, plan_batch
 from teams_hpc.sft.engine import StepResult, ZeroEngine
@@ -40,7 +39,8 @@ def train(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
     """Fine-tune up to `sft.max_steps`, from the last checkpoint if there is one.
 
     Raises:
-        UsageError: The processes can't share the batch, or the checkpoint is of another number.
+        UsageError: The processes can't share the batch, or the checkpoint is of another number
+            and has not been reshaped.
         InputChangedError: The checkpoint is of other inputs.
         WorkError: The model or attention can't be had, sequences aren't kept apart, the loss is
             not finite, or memory or disk ran out. Checkpoints stay.
@@ -55,7 +55,7 @@ def train(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
     plan = plan_batch(config.sft, ranks.world_size)
     attention = choose_attention(config.sft, device)
     transformers_logging.disable_progress_bar()
-    with _claimed(run_dir, config, ranks) as lease, joined_world(ranks, device) as world:
+    with claimed(run_dir, config, ranks) as lease, joined_world(ranks, device) as world:
         _Training(
             run_dir=run_dir,
             config=config,
@@ -67,19 +67,6 @@ def train(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
             lease=lease,
             stop=stop,
         ).run()
-
-
-@contextmanager
-def _claimed(run_dir: RunDir, config: Config, ranks: Ranks) -> Iterator[Lease]:
-    """Keep a second world out: without a launcher's variables each process is a first one."""
-    lease = Lease(run_dir.leases / "sft", config.site.lease_s)
-    with lease if ranks.is_first else nullcontext():
-        if ranks.is_first and not lease.outlast():
-            raise RunInUseError(
-                f"{run_dir.sft} is being trained by another process; if that is one of this job, "
-                "start them so that RANK and WORLD_SIZE are set"
-            )
-        yield lease
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,8 +92,10 @@ class _Training:
         store = CheckpointStore(
             run_dir.checkpoints, digest, self.world, config.sft.keep_checkpoints
         )
-        checkpoint = store.latest()
-        state = checkpoint.state if checkpoint else RunState(threads=self._threads())
+        checkpoint = checkpoint_for(store, self.world.size, run_dir.root)
+        state = checkpoint.state if checkpoint else RunState()
+        if checkpoint is None or checkpoint.world_size is None:
+            state = replace(state, threads=self._threads())
         torch.set_num_threads(state.threads)
         engine = self._build(checkpoint)
         check_isolation(engine.logits, self.packed, config.sft.dtype)
@@ -120,7 +109,12 @@ class _Training:
         return int(min(self.world.gather(default_threads(self.world.ranks))))
 
     def _build(self, checkpoint: Checkpoint | None) -> ZeroEngine:
-        zero_config = deepspeed_config(self.config, self.world.size, self.world.device)
+        zero_config = deepspeed_config(
+            self.config,
+            self.world.size,
+            self.world.device,
+            is_reshaped=checkpoint is not None and checkpoint.world_size is None,
+        )
         tokenizer = self.run_dir.tokenizer
         built = build_model(
             self.config, tokenizer, self.packed.vocab_size, self.attention, zero_config

@@ -314,7 +314,7 @@ def test_stopped_by_one_rank_killed_and_damaged_it_ends_bit_for_bit_the_same(
 
     codes, errors = start(run_dir, size=1).wait()
     assert codes == [2], errors
-    assert "site.num_sft_ranks=2" in errors
+    assert "teams-hpc reshape" in errors
 
     killed = start(run_dir)
     killed.wait_for_step(13)
@@ -329,6 +329,44 @@ def test_stopped_by_one_rank_killed_and_damaged_it_ends_bit_for_bit_the_same(
     _same_result(run_dir, trained)
     assert metrics(run_dir) == metrics(trained)
     assert not list(run_dir.checkpoints.glob(".*"))
+
+
+def reshape(run_dir: RunDir, size: int) -> str:
+    """What a job does before its step; the folder that was made."""
+    words = (sys.executable, "-m", "teams_hpc", "reshape", str(run_dir.root), "--ranks", str(size))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stage"), [((2, 1), 3), ((1, 2), 3), ((2, 4), 3), ((2, 1), 2)], ids=str
+)
+def test_another_number_of_processes_goes_on_with_the_same_losses(
+    trained: RunDir,
+    tmp_path: Path,
+    data_folder: Path,
+    start: Start,
+    sizes: tuple[int, int],
+    stage: int,
+) -> None:
+    """Two groups of parameters (norms don't decay), and at stage 3 several sub-groups.
+
+    DeepSpeed 0.19.8 alone loads wrong weight decay and steps then; that is seen within few steps.
+    """
+    run_dir = new_run(tmp_path, data_folder)
+    before, after = sizes
+    settings = {"zero_stage": stage, "sub_group_size": 5000}
+    codes, errors = start(run_dir, size=before, max_steps=9, **settings).wait()
+    assert codes == [0] * before, errors
+    made = reshape(run_dir, after)
+    assert made == str(run_dir.checkpoints / "universal-000009")
+    assert reshape(run_dir, after) == ""  # there already
+    assert reshape(run_dir, before) == ""  # not needed
+    codes, errors = start(run_dir, size=after, **settings).wait()
+    assert codes == [0] * after, errors
+    np.testing.assert_allclose(losses(run_dir), losses(trained), rtol=0, atol=1e-5)
+    assert len(losses(run_dir)) == STEPS
 
 
 def test_raised_max_steps_goes_on_from_an_intact_checkpoint(

@@ -9,7 +9,7 @@ import pytest
 
 from teams_hpc.errors import InputChangedError, UsageError, WorkError
 from teams_hpc.runtime.ranks import Ranks
-from teams_hpc.sft.checkpointing import CheckpointStore, RunState
+from teams_hpc.sft.checkpointing import CheckpointStore, RunState, checkpoint_for
 from teams_hpc.sft.folders import replacing_folder
 
 
@@ -90,12 +90,70 @@ def test_a_damaged_one_is_passed_over_and_replaced(tmp_path: Path, name: str) ->
     assert names(tmp_path) == ["step-000007"]  # what came after the one gone on from is gone
 
 
-def test_one_of_other_inputs_or_of_another_world_is_refused(tmp_path: Path) -> None:
+def test_one_of_other_inputs_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 5)
     with pytest.raises(InputChangedError, match="--rerun-from sft"):
         open_store(tmp_path, digest="other").latest()
-    with pytest.raises(UsageError, match=r"by 1 processes .* by 4; set site.num_sft_ranks=1"):
-        open_store(tmp_path, size=4).latest()
+
+
+def convert(source: Path, target: Path) -> None:
+    (target / "zero").mkdir()
+    (target / "zero" / "all.pt").write_bytes((source / "zero" / "optimizer.pt").read_bytes())
+
+
+def test_another_number_of_processes_needs_it_reshaped(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    store = open_store(tmp_path)
+    with pytest.raises(UsageError, match=r"by 1 processes; .*\n  teams-hpc reshape .* --ranks 4"):
+        checkpoint_for(store, 4, tmp_path)
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    store.make_universal(checkpoint, convert)
+    found = checkpoint_for(store, 4, tmp_path)
+    assert found is not None
+    assert found.world_size is None
+    assert found.state == checkpoint.state
+    assert (found.folder / "zero" / "all.pt").read_bytes() == b"moments"
+    assert checkpoint_for(store, 1, tmp_path) == checkpoint
+
+
+def test_what_was_reshaped_goes_with_its_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    store = open_store(tmp_path)
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    store.make_universal(checkpoint, convert)
+    save(tmp_path, 6)
+    assert names(tmp_path) == ["step-000005", "step-000006", "universal-000005"]
+    save(tmp_path, 7)
+    assert names(tmp_path) == ["step-000006", "step-000007"]
+
+
+@pytest.mark.parametrize("fault", ["flipped", "newer checkpoint", "killed"])
+def test_a_reshaped_one_that_does_not_fit_is_not_used(tmp_path: Path, fault: str) -> None:
+    save(tmp_path, 5)
+    store = open_store(tmp_path)
+    checkpoint = store.latest()
+    assert checkpoint is not None
+
+    def killed(source: Path, target: Path) -> None:
+        convert(source, target)
+        raise KeyboardInterrupt
+
+    if fault == "killed":
+        with pytest.raises(KeyboardInterrupt):
+            store.make_universal(checkpoint, killed)
+    else:
+        store.make_universal(checkpoint, convert)
+    if fault == "flipped":
+        (tmp_path / "checkpoints" / "universal-000005" / "zero" / "all.pt").write_bytes(b"Moments")
+    if fault == "newer checkpoint":
+        store.save(Engine(), RunState(step=5, tokens=11))
+        checkpoint = store.latest()
+        assert checkpoint is not None
+    assert store.universal(checkpoint) is None
+    store.make_universal(checkpoint, convert)
+    assert store.universal(checkpoint) is not None
 
 
 @pytest.mark.parametrize("name", ["", "step-000005", "step-000005/zero/model.pt"])
