@@ -76,8 +76,8 @@ def _convert(source: Path, target: Path) -> None:
     except (RuntimeError, ValueError, AssertionError, KeyError) as error:
         raise WorkError(
             f"DeepSpeed can't convert {source}: {error}. Is the disk full? It takes three times "
-            "the room of the checkpoint for a while. Make room and run again, or go on with as many "
-            "processes as before"
+            "the room of the checkpoint for a while. Make room and run again, or go on with as "
+            "many processes as before"
         ) from error
     (target / "latest_universal").unlink(missing_ok=True)
 

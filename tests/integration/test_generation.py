@@ -221,6 +221,27 @@ def test_killed_again_and_again_it_loses_and_repeats_nothing_durable(
     assert leftovers(run_dir) == []
 
 
+def test_a_holder_that_stands_still_is_replaced_and_does_no_harm_when_it_wakes(
+    quiet: tuple[RunDir, dict[str, Any]], tmp_path: Path
+) -> None:
+    """It costs calls, but no row is lost, doubled or another."""
+    run_dir = make_run(tmp_path, site={"lease_s": 2.0, "num_workers": 2})
+    sleeper = start(run_dir, 0, delay_s=0.05)
+    wait_until(lambda: num_shards(run_dir) >= 2, sleeper)
+    sleeper.send_signal(signal.SIGSTOP)
+    [(code, said)] = outcomes([start(run_dir, 1)])
+    assert code == 0, said
+    manifest = read_manifest(run_dir, "generate")
+    sleeper.send_signal(signal.SIGCONT)
+    [(code, said)] = outcomes([sleeper])
+    assert code == 0, said
+    assert read_manifest(run_dir, "generate") == manifest
+    usage = "usage"
+    assert manifest is not None
+    assert {**manifest, usage: 0} == {**quiet[1], usage: 0}
+    assert leftovers(run_dir) == []
+
+
 def test_a_stop_is_taken_at_a_safe_point_and_costs_nothing(
     quiet: tuple[RunDir, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import socket
@@ -30,7 +31,7 @@ from teams_hpc.sft.schedule import Schedule
 from teams_hpc.storage.atomic import write_json, write_text
 from teams_hpc.storage.run_dir import RunDir, read_manifest
 
-LENGTH, STEPS, BATCH_ROWS, SEED = 64, 20, 8, 11
+LENGTH, STEPS, BATCH_ROWS, SEED = 64, 50, 8, 11
 NUM_TRAIN, NUM_HELD_OUT = 120, 13
 STOPPED = 144
 TIMEOUT_S = 120.0
@@ -284,7 +285,7 @@ def test_the_models_load_and_have_the_losses_the_manifest_says(trained: RunDir) 
         trained.model / "model.safetensors"
     )
     evaluated = [line["step"] for line in metrics(trained) if "held_out_loss" in line]
-    assert evaluated == [0, 10, 20]
+    assert evaluated == list(range(0, STEPS + 1, 10))
     kept = sorted(path.name for path in trained.checkpoints.iterdir())
     assert kept == ["step-000016", "step-000020"]
     hidden = [path for path in trained.root.rglob(".*") if path.name.endswith(".tmp")]
@@ -329,6 +330,29 @@ def test_stopped_by_one_rank_killed_and_damaged_it_ends_bit_for_bit_the_same(
     _same_result(run_dir, trained)
     assert metrics(run_dir) == metrics(trained)
     assert not list(run_dir.checkpoints.glob(".*"))
+
+
+def test_five_kills_at_any_moment_change_nothing(
+    trained: RunDir, tmp_path: Path, data_folder: Path, start: Start
+) -> None:
+    """Some land in a save: a checkpoint follows each step here."""
+    run_dir = new_run(tmp_path, data_folder)
+    moments = random.Random(5)
+    for kill in range(1, 6):
+        world = start(run_dir, checkpoint_interval_steps=1)
+        world.wait_for_step(3 * kill)
+        time.sleep(moments.uniform(0.0, 0.3))
+        victims = moments.choice((world.processes, [moments.choice(world.processes)]))
+        assert all(process.poll() is None for process in world.processes)
+        for process in victims:
+            process.kill()
+        victims[0].wait(timeout=10)
+        world.kill()
+        saved = max(path.name for path in run_dir.checkpoints.glob("step-*"))
+        assert int(saved.removeprefix("step-")) >= len(losses(run_dir)) - 1
+    codes, errors = start(run_dir, checkpoint_interval_steps=1).wait()
+    assert codes == [0, 0], errors
+    _same_result(run_dir, trained)
 
 
 def reshape(run_dir: RunDir, size: int) -> str:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def has_begun(run_dir: RunDir) -> bool:
 
 
 def kill_once(process: subprocess.Popen[bytes], run_dir: RunDir, after_s: float) -> bool:
-    """Kill one rank -9 a while after work has begun; whether it landed inside generation."""
+    """Kill one rank or the whole job -9 a while after work has begun; did it land inside?"""
     deadline = time.monotonic() + 60
     while process.poll() is None and not has_begun(run_dir):
         assert time.monotonic() < deadline
@@ -92,7 +93,10 @@ def kill_once(process: subprocess.Popen[bytes], run_dir: RunDir, after_s: float)
     if process.poll() is not None or not victims or run_dir.manifest("generate").exists():
         process.wait(timeout=60)
         return False
-    os.kill(random.choice(victims), signal.SIGKILL)
+    whole_job = [process.pid, *victims]
+    for pid in random.choice((whole_job, [random.choice(victims)])):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait(timeout=60)
     while ranks_of(run_dir.root):
         assert time.monotonic() < deadline

@@ -165,18 +165,19 @@ def test_a_foreign_frame_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["write", "fdatasync"])
-def test_a_full_disk_says_so_and_what_was_durable_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "disk full"), (errno.EIO, "failed")])
+def test_a_disk_that_fails_is_named_and_what_was_durable_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, words: str
 ) -> None:
     one = writer(tmp_path, "a")
     one.commit(batch("k1"), {})
 
     def fail(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
-        with pytest.raises(WorkError, match=r"disk full at .*unit-00003\.a\.wal"):
+        with pytest.raises(WorkError, match=rf"{words} at .*unit-00003\.a\.wal"):
             one.commit(batch("k2"), {})
     one.close()
     assert keys_of(list(read_journal(one.path).batches))[:1] == [["k1"]]
