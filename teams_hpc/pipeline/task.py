@@ -18,7 +18,6 @@ from teams_hpc.runtime.preemption import (
     StopFlag,
     die_with_launcher,
     die_with_parent,
-    read_stop_time,
 )
 from teams_hpc.runtime.ranks import Ranks, read_ranks
 from teams_hpc.runtime.step import abort_step, is_launched_by_mpi
@@ -47,7 +46,7 @@ def run_task(name: str, root: Path, index: int) -> None:
     Raises:
         TeamsError: As the stage raised it; the text of a failure is also left at `error_path`.
     """
-    stop = StopFlag(stop_time=read_stop_time())
+    stop = StopFlag.before_limit()
     stop.install()
     die_with_parent()
     if is_launched_by_mpi() and "SLURM_STEP_ID" not in os.environ:

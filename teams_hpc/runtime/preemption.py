@@ -27,25 +27,34 @@ def hold_stop_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
-def read_stop_time(environment: Mapping[str, str] = os.environ) -> float | None:
-    """When to stop (Unix time), from the deadline that a batch script read; None without one."""
-    deadline = environment.get(DEADLINE_VARIABLE)
-    return float(deadline) - float(environment.get(WARNING_VARIABLE, 0)) if deadline else None
-
-
 @dataclass(slots=True)
 class StopFlag:
     """Whether somebody asked this process to stop, or its time is nearly over.
 
     Args:
-        stop_time: Unix time from which on the flag is set; None: never by itself.
+        deadline: Unix time when this process will be ended; None: not known.
+        warning_s: The flag is set by itself so long before that.
         others: Asked now and then: whether a process that works with this one stops.
     """
 
     reason: str | None = None
-    stop_time: float | None = None
+    deadline: float | None = None
+    warning_s: float = 0.0
     others: Callable[[], bool] | None = None
     _asked: float = float("-inf")
+
+    @classmethod
+    def before_limit(cls, environment: Mapping[str, str] = os.environ) -> "StopFlag":
+        """One that knows the deadline which the batch script has read, if it has."""
+        deadline = environment.get(DEADLINE_VARIABLE)
+        return cls(
+            deadline=float(deadline) if deadline else None,
+            warning_s=float(environment.get(WARNING_VARIABLE, 0)),
+        )
+
+    def need_before_limit(self, seconds: float) -> None:
+        """Stop at least so long before the deadline: what has to be done then takes that."""
+        self.warning_s = max(self.warning_s, seconds)
 
     def install(self) -> None:
         """Let the stop signals set this flag, those too that were kept waiting (main thread)."""
@@ -58,7 +67,7 @@ class StopFlag:
 
     @property
     def is_set(self) -> bool:
-        if self.reason is None and self.stop_time is not None and time.time() >= self.stop_time:
+        if self.reason is None and self._is_late:
             self.reason = "the time limit"
         now = time.monotonic()
         if self.reason is None and self.others is not None and now - self._asked > _ASK_EVERY_S:
@@ -66,6 +75,10 @@ class StopFlag:
             if self.others():
                 self.reason = "the wish of another process"
         return self.reason is not None
+
+    @property
+    def _is_late(self) -> bool:
+        return self.deadline is not None and time.time() >= self.deadline - self.warning_s
 
     def raise_if_set(self, progress: str) -> None:
         """Stop here, at a safe point; `progress` says how far the work is.

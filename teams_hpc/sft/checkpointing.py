@@ -115,6 +115,7 @@ class Checkpoint:
         digest: Of the stage's inputs.
         state: Of the run.
         files: SHA-256 of each file.
+        save_s: Seconds that writing it took.
     """
 
     folder: Path
@@ -122,6 +123,7 @@ class Checkpoint:
     digest: str
     state: RunState
     files: dict[str, str]
+    save_s: float
 
 
 class CheckpointStore:
@@ -132,6 +134,9 @@ class CheckpointStore:
         digest: Input digest of the stage: a checkpoint of other inputs is refused.
         world: The processes.
         keep: How many of the newest to keep.
+
+    Attributes:
+        slowest_save_s: Seconds that the slowest save took, as far as is known.
     """
 
     def __init__(self, folder: Path, digest: str, world: Peers, keep: int) -> None:
@@ -139,6 +144,7 @@ class CheckpointStore:
         self._digest = digest
         self._world = world
         self._keep = keep
+        self.slowest_save_s = 0.0
         if world.is_first:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             remove_leftover_folders(folder)
@@ -155,6 +161,7 @@ class CheckpointStore:
             checkpoint = _read(path)
             if checkpoint is not None:
                 self._refuse_foreign(checkpoint)
+                self.slowest_save_s = max(self.slowest_save_s, checkpoint.save_s)
                 if self._is_intact(checkpoint):
                     return checkpoint
             _log.warning("%s is damaged: going on from an earlier checkpoint, if any", path)
@@ -211,6 +218,7 @@ class CheckpointStore:
         if self._world.is_first:
             self._prune(target)
         self._world.barrier()
+        self.slowest_save_s = max(self.slowest_save_s, time.monotonic() - start)
         _log.info("checkpoint %s", target)
 
     @contextmanager
@@ -343,6 +351,7 @@ def _read(folder: Path) -> Checkpoint | None:
             digest=content["digest"],
             state=RunState(**content["state"]),
             files=content["files"],
+            save_s=content["save_s"],
         )
     except (CorruptFileError, KeyError, TypeError):
         return None

@@ -10,7 +10,7 @@ from teams_hpc.config import Config
 from teams_hpc.errors import RunInUseError, StopRequested, WorkError
 from teams_hpc.pipeline.graph import find_stage
 from teams_hpc.pipeline.starts import mark_stopped, record_start
-from teams_hpc.runtime.preemption import StopFlag, read_stop_time
+from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.runtime.ranks import read_ranks
 from teams_hpc.storage.lease import Lease
 from teams_hpc.storage.run_dir import RunDir
@@ -21,12 +21,18 @@ CONFIG = Config(name="a")
 def test_a_time_limit_stops_like_a_signal() -> None:
     now = time.time()
     soon = {"TEAMS_HPC_DEADLINE": str(now + 50), "TEAMS_HPC_WARNING_S": "60"}
-    stop = StopFlag(stop_time=read_stop_time(soon))
+    stop = StopFlag.before_limit(soon)
     with pytest.raises(StopRequested, match="the time limit after 3 steps"):
         stop.raise_if_set("3 steps")
     later = {**soon, "TEAMS_HPC_DEADLINE": str(now + 90)}
-    assert not StopFlag(stop_time=read_stop_time(later)).is_set
-    assert read_stop_time({"TEAMS_HPC_DEADLINE": ""}) is None
+    stop = StopFlag.before_limit(later)
+    assert not stop.is_set
+    stop.need_before_limit(70)
+    stop.need_before_limit(5)
+    assert not stop.is_set
+    stop.need_before_limit(100)
+    assert stop.is_set
+    assert not StopFlag.before_limit({"TEAMS_HPC_DEADLINE": "", "TEAMS_HPC_WARNING_S": "9"}).is_set
 
 
 def test_starts_in_vain_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
