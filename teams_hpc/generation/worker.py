@@ -84,7 +84,8 @@ def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> Non
     with joined as step, naming_disk_faults(run_dir.generate):
         stop.others = step.is_asked_to_stop
         plan = settle_plan(run_dir, config)
-        worker = _Worker(run_dir, config, plan, settle_retry(run_dir, plan), step, stop)
+        retry = settle_retry(run_dir, plan, config.site.lease_s, stop)
+        worker = _Worker(run_dir, config, plan, retry, step, stop)
         num_workers = config.site.num_workers * config.site.ranks_per_worker
         try:
             worker.work(first=index * plan.num_units // num_workers % plan.num_units)
@@ -358,13 +359,13 @@ class _Worker:
         """Remove what killed processes left behind; all units are published."""
         self._budget.clear()
         leases = self.run_dir.leases
-        for path in (*leases.glob("block-*"), leases / "budget"):
+        for path in (*leases.glob("block-*"), leases / "budget", leases / "retry-plan"):
             lease = Lease(path, self.config.site.lease_s)
             if lease.acquire():  # its holder is gone
                 lease.release()
         for folder in (self.run_dir.generate, self.run_dir.shards, self.run_dir.retry):
             remove_leftovers(folder)
-        for name in ("block-", "budget", "generate-finish"):
+        for name in ("block-", "budget", "retry-plan", "generate-finish"):
             for path in leases.glob(f".*{name}*.tmp"):
                 path.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,33 @@ def test_several_processes_share_a_retry(tmp_path: Path) -> None:
     assert again["counts"]["attempted"] == quiet["counts"]["attempted"]
     assert again["counts"]["failed"] == 0
     assert {**again, "usage": 0} == {**quiet, "usage": 0}
+    assert leftovers(run_dir) == []
+
+
+def test_one_worker_alone_plans_a_retry(
+    tmp_path: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = RunDir(tmp_path)
+    fault.make(run_dir.root, share=24)
+    config = load_resolved(make_run(run_dir.root, generate=AGAIN).config)
+    assert begin(run_dir)
+    real_plan, plans, late = retry._plan_retry, [], []
+
+    def plan_slowly(*args: Any) -> Any:
+        """Meanwhile another worker comes: with a plan of its own it would be far ahead."""
+        plans.append(real_plan(*args))
+        if len(plans) == 1:
+            late.append(threading.Thread(target=generate, args=(run_dir, config, 1, StopFlag())))
+            late[0].start()
+            late[0].join(2.0)
+            real_plan(*args)  # what has been read so far is still what there is
+        return plans[-1]
+
+    monkeypatch.setattr(retry, "_plan_retry", plan_slowly)
+    assert fault.make(run_dir.root, generate=AGAIN)["counts"]["failed"] == 0
+    late[0].join(20.0)
+    assert len(plans) == 1
+    assert not run_dir.retry.exists()
     assert leftovers(run_dir) == []
 
 
