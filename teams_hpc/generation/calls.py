@@ -186,6 +186,7 @@ class Calls:
 
         Raises:
             As `step`.
+            EngineError: As `_ask_reviewer`.
         """
         if not pairs:
             return []
@@ -209,7 +210,14 @@ class Calls:
         return judged
 
     def _ask_reviewer(self, pairs: Sequence[Pair]) -> list[Judged]:
-        """One batch; if that fails, one by one, so that what one prompt is to blame for ends it."""
+        """One batch; if that fails, one by one, so that what one prompt is to blame for ends it.
+
+        An engine that generates fails as a whole, or says so in a completion; and others of its
+        requests, maybe the expert's, may be in flight or lost.
+
+        Raises:
+            EngineError: The reviewer generates its verdicts, and its engine failed.
+        """
         try:
             return [
                 Judged(
@@ -220,6 +228,8 @@ class Calls:
                 for verdict in self.reviewer.judge(pairs)
             ]
         except EngineError as error:
+            if self.reviewer.verdict == "generated":
+                raise
             if len(pairs) == 1:
                 return [Judged(math.nan, False, str(error))]
         return [one for pair in pairs for one in self._ask_reviewer([pair])]

@@ -349,6 +349,26 @@ def test_a_pair_the_reviewer_cannot_judge_fails_alone(tmp_path: Path) -> None:
     assert again.asked == []
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_reviewer_that_refuses_to_generate_ends_the_unit_and_it_goes_on_after(
+    tmp_path: Path, quiet: tuple[list[Row], list[str]], is_shared: bool
+) -> None:
+    """The refusal may be of any request in flight; the others are still on their way."""
+
+    class Refusing(Stub):
+        def step(self) -> list[Completion]:
+            if self._pending[0].task.kind == "judge" and len(self.batches) > 3:
+                self._pending.pop()
+                raise EngineError("refuses the key (403)")
+            return Stub.step(self)
+
+    expert, judge = share_engine(Refusing()) if is_shared else (Stub(), Refusing(batch=1))
+    with pytest.raises(EngineError, match="refuses the key"):
+        run(tmp_path, expert, judge)
+    assert repr(run(tmp_path, Stub(), Stub())[0]) == repr(quiet[0])
+    assert sorted(done_and_doubted(tmp_path)[0]) == quiet[1]
+
+
 def test_a_verdict_that_is_no_number_fails_its_step_in_the_first_run_and_in_a_replay(
     tmp_path: Path,
 ) -> None:
