@@ -26,6 +26,7 @@ from teams_hpc.llm.ledger import Ledger
 from teams_hpc.rewriting.identity import length_prefixed
 from teams_hpc.rewriting.operations import PROMPT_SCHEMA
 from teams_hpc.rewriting.reviewer import Pair, Reviewer
+from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.journal import Batch, Result, Tokens
 
 _DIGEST_BYTES = 16
@@ -167,7 +168,7 @@ class Calls:
         return completions
 
     def _step_engine(self) -> list[Completion]:
-        """One step; what an abandoned unit still had in the engine is passed over."""
+        """One step; what the engine was asked by others is passed over."""
         return [one for one in self.expert.step() if one.id in self._in_flight]
 
     def _replay_completions(self, batch: Batch) -> list[Completion]:
@@ -271,3 +272,12 @@ class Calls:
             self.flush()
             take(self._receive(()))
         self.flush()
+
+    def abandon(self, stop: StopFlag) -> None:
+        """Let the engine finish what was sent: the unit may come back, with the same request ids.
+
+        Args:
+            stop: Looked at between steps; the engine is not used any more once it is set.
+        """
+        while self.expert.num_pending and not stop.is_set:
+            self.expert.step()

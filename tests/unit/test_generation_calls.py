@@ -295,6 +295,26 @@ def test_a_holder_that_was_thought_dead_costs_calls_and_nothing_else(
     assert expert.asked == []
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize("num_checks", range(1, 8))
+def test_a_unit_that_was_lost_may_come_back_to_the_same_engine(
+    tmp_path: Path, quiet: tuple[list[Row], list[str]], num_checks: int, is_shared: bool
+) -> None:
+    left = [num_checks]
+
+    def lose() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise ClaimLost
+
+    expert, judge = share_engine(Stub()) if is_shared else (Stub(), Stub())
+    with pytest.raises(ClaimLost):
+        run(tmp_path, expert, judge, claim=lose)
+    # A late reply to an earlier prompt would pass for one to another prompt of the same step.
+    assert expert.num_pending == 0
+    assert repr(run(tmp_path, expert, judge)[0]) == repr(quiet[0])
+
+
 def test_an_engine_that_was_down_is_asked_anew(
     tmp_path: Path, quiet: tuple[list[Row], list[str]]
 ) -> None:
