@@ -17,6 +17,7 @@ from teams_hpc.config.digest import stage_inputs
 from teams_hpc.errors import BudgetError, UsageError
 from teams_hpc.generation import outcome, retry, worker
 from teams_hpc.generation.outcome import check_balance
+from teams_hpc.generation.published import PublishedUnits
 from teams_hpc.generation.worker import generate
 from teams_hpc.llm.base import Completion
 from teams_hpc.llm.template_engine import TemplateEngine
@@ -89,6 +90,11 @@ def begin(run_dir: RunDir) -> bool:
 
 def rows(run_dir: RunDir, names: Sequence[str] = NAMES) -> list[tuple[str, ...]]:
     return [tuple(map(repr, row)) for row in columns(run_dir, *names)]
+
+
+def failed_rows(run_dir: RunDir, unit: int) -> int:
+    with Table.open(run_dir.shard(unit)) as table:
+        return int(table.attrs["counts"]["failed"])
 
 
 @pytest.mark.parametrize("answer", ["every", "last"])
@@ -292,6 +298,23 @@ def test_one_worker_alone_plans_a_retry(
     assert len(plans) == 1
     assert not run_dir.retry.exists()
     assert leftovers(run_dir) == []
+
+
+def test_a_unit_written_after_the_retry_has_ended_does_not_count(
+    tmp_path: Path, fault: Fault
+) -> None:
+    """By a process that slept: nothing is lost, since the rows are those of the manifest."""
+    run_dir = RunDir(tmp_path)
+    fault.make(run_dir.root, share=24)
+    unit = next(number for number in range(12) if failed_rows(run_dir, number))
+    before = run_dir.shard(unit).read_bytes()
+    make_run(run_dir.root, generate=AGAIN)
+    assert begin(run_dir)
+    again = fault.make(run_dir.root, generate=AGAIN)
+    run_dir.retry.mkdir()
+    run_dir.retried_shard(unit).write_bytes(before)
+    name = run_dir.shard(unit).name
+    assert PublishedUnits(run_dir).attrs([unit])[unit]["sha256"] == again["units"][name]
 
 
 def test_a_submission_waits_for_jobs_that_read_what_would_be_made_again(
