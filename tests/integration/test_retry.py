@@ -14,7 +14,7 @@ from teams_hpc.cluster.records import JobRecord, write_record
 from teams_hpc.cluster.slurm import JobState
 from teams_hpc.config import load_resolved
 from teams_hpc.config.digest import stage_inputs
-from teams_hpc.errors import BudgetError, UsageError
+from teams_hpc.errors import BudgetError, EngineError, UsageError
 from teams_hpc.generation import outcome, retry, worker
 from teams_hpc.generation.outcome import check_balance
 from teams_hpc.generation.published import PublishedUnits
@@ -228,6 +228,26 @@ def test_killed_at_any_moment_each_unit_is_the_old_or_the_new_one(
         if moment == "close":  # what it had left behind is cleared by the next one
             close_retry_folder(run_dir)
         assert not run_dir.retry.exists()
+
+
+def test_an_expert_that_is_still_down_ends_the_retry_before_anything_is_published(
+    tmp_path: Path, fault: Fault
+) -> None:
+    units = {"unit_size": 20}
+    quiet = fault.make(tmp_path / "quiet", generate=units)
+    run_dir = RunDir(tmp_path / "failed")
+    fault.make(run_dir.root, share=100, generate=units)
+    make_run(run_dir.root, generate={**units, **AGAIN})
+    assert begin(run_dir)
+    with pytest.raises(EngineError, match=r"the expert answered nothing in unit 0.*no GPU"):
+        fault.make(run_dir.root, share=256, generate={**units, **AGAIN})
+    assert list(run_dir.retry.glob("*.h5")) == []
+    shutil.copytree(run_dir.root, tmp_path / "unwanted")
+    again = fault.make(run_dir.root, generate={**units, **AGAIN})
+    assert {**again, "usage": 0} == {**quiet, "usage": 0}
+    # What can't but fail must not keep the run from going on.
+    unwanted = fault.make(tmp_path / "unwanted", share=256, generate=units)
+    assert unwanted["counts"]["failed"] > 0
 
 
 def test_the_budget_holds_over_both_attempts(tmp_path: Path, fault: Fault) -> None:
