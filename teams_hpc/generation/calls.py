@@ -26,6 +26,7 @@ from teams_hpc.llm.ledger import Ledger
 from teams_hpc.rewriting.identity import length_prefixed
 from teams_hpc.rewriting.operations import PROMPT_SCHEMA
 from teams_hpc.rewriting.reviewer import Pair, Reviewer
+from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.journal import Batch, Result, Tokens
 
 _DIGEST_BYTES = 16
@@ -167,7 +168,7 @@ class Calls:
         return completions
 
     def _step_engine(self) -> list[Completion]:
-        """One step; what an abandoned unit still had in the engine is passed over."""
+        """One step; what the engine was asked by others is passed over."""
         return [one for one in self.expert.step() if one.id in self._in_flight]
 
     def _replay_completions(self, batch: Batch) -> list[Completion]:
@@ -186,6 +187,7 @@ class Calls:
 
         Raises:
             As `step`.
+            EngineError: As `_ask_reviewer`.
         """
         if not pairs:
             return []
@@ -209,7 +211,14 @@ class Calls:
         return judged
 
     def _ask_reviewer(self, pairs: Sequence[Pair]) -> list[Judged]:
-        """One batch; if that fails, one by one, so that what one prompt is to blame for ends it."""
+        """One batch; if that fails, one by one, so that what one prompt is to blame for ends it.
+
+        An engine that generates fails as a whole, or says so in a completion; and others of its
+        requests, maybe the expert's, may be in flight or lost.
+
+        Raises:
+            EngineError: The reviewer generates its verdicts, and its engine failed.
+        """
         try:
             return [
                 Judged(
@@ -220,6 +229,8 @@ class Calls:
                 for verdict in self.reviewer.judge(pairs)
             ]
         except EngineError as error:
+            if self.reviewer.verdict == "generated":
+                raise
             if len(pairs) == 1:
                 return [Judged(math.nan, False, str(error))]
         return [one for pair in pairs for one in self._ask_reviewer([pair])]
@@ -261,3 +272,12 @@ class Calls:
             self.flush()
             take(self._receive(()))
         self.flush()
+
+    def abandon(self, stop: StopFlag) -> None:
+        """Let the engine finish what was sent: the unit may come back, with the same request ids.
+
+        Args:
+            stop: Looked at between steps; the engine is not used any more once it is set.
+        """
+        while self.expert.num_pending and not stop.is_set:
+            self.expert.step()

@@ -2,18 +2,24 @@
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from teams_hpc.errors import CorruptFileError
 from teams_hpc.generation.evolve import Chain, Row, Steering
 from teams_hpc.generation.plan import Plan
 from teams_hpc.generation.published import PublishedUnits
 from teams_hpc.llm.ledger import Ledger
+from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.atomic import publishing, read_json, replacing
+from teams_hpc.storage.lease import Lease
 from teams_hpc.storage.retry_folder import previous_path, read_retry_plan
-from teams_hpc.storage.run_dir import RunDir
+from teams_hpc.storage.run_dir import RunDir, read_manifest
 from teams_hpc.storage.shards import ROW_COLUMNS, Status, Table
+
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,24 +33,34 @@ class Retry:
     failed_chains: Mapping[int, int]
 
 
-def settle_retry(run_dir: RunDir, plan: Plan) -> Retry | None:
-    """The retry in progress, planned by the first worker that comes; None if there is none.
+def settle_retry(run_dir: RunDir, plan: Plan, lease_s: float, stop: StopFlag) -> Retry | None:
+    """The retry in progress; None if there is none.
+
+    One worker plans it while the others wait: who planned later would find units made again, or
+    the whole retry finished.
 
     Raises:
         CorruptFileError: A unit is damaged.
+        StopRequested: Asked to stop while another worker plans.
     """
     if not previous_path(run_dir).exists():
         return None
-    found = read_retry_plan(run_dir)
-    if found is None:
-        text = json.dumps(_plan_retry(run_dir, plan), indent=1) + "\n"
-        with publishing(run_dir.retry_plan) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        found = read_json(run_dir.retry_plan)
+    with Lease(run_dir.leases / "retry-plan", lease_s) as lease:
+        while (found := read_retry_plan(run_dir)) is None and not lease.acquire():
+            stop.raise_if_set("nothing")
+            time.sleep(_POLL_S)
+        if found is None:
+            found = read_retry_plan(run_dir)
+        if found is None:
+            if read_manifest(run_dir, "generate") is not None:  # finished just now
+                return None
+            found = _plan_retry(run_dir, plan)
+            with publishing(run_dir.retry_plan) as temporary:
+                temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return Retry(failed_chains={int(unit): n for unit, n in found["failed_chains"].items()})
 
 
-def _plan_retry(run_dir: RunDir, plan: Plan) -> dict[str, object]:
+def _plan_retry(run_dir: RunDir, plan: Plan) -> dict[str, Any]:
     previous = read_json(previous_path(run_dir))
     attrs = PublishedUnits(run_dir).attrs(range(plan.num_units))
     counted = Ledger()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from teams_hpc.generation.calls import Calls
+from teams_hpc.generation.calls import Calls, ClaimLost
 from teams_hpc.generation.evolve import Chain
 from teams_hpc.llm.base import Completion
 from teams_hpc.rewriting.reviewer import Verdict
@@ -37,13 +37,17 @@ class UnitRunner:
             ClaimLost: The unit is another's now.
             WorkError: As `Calls.step`.
         """
-        self._go_on(self.chains)
-        while self.calls.num_pending:
-            if self.stop.is_set:
-                self.calls.drain(self._take, _DRAIN_S)
-                self.stop.raise_if_set(self.what)
-            self._take(self.calls.step())
-        self.calls.flush()
+        try:
+            self._go_on(self.chains)
+            while self.calls.num_pending:
+                if self.stop.is_set:
+                    self.calls.drain(self._take, _DRAIN_S)
+                    self.stop.raise_if_set(self.what)
+                self._take(self.calls.step())
+            self.calls.flush()
+        except ClaimLost:
+            self.calls.abandon(self.stop)
+            raise
 
     def _ask(self, chain: Chain) -> None:
         if chain.wants != "nothing":

@@ -84,7 +84,17 @@ class UnitLog:
     @property
     def num_durable_expert_calls(self) -> int:
         """Expert calls that need not be made again."""
-        return sum(len(batch.results) for batch in self._batches if batch.role == "expert")
+        return _num_expert_calls(self._batches)
+
+    @property
+    def num_expert_calls(self) -> int:
+        """Expert calls with a durable result, asked by this writer or before."""
+        return self.num_durable_expert_calls + _num_expert_calls(self._writer.batches)
+
+    @property
+    def has_reply(self) -> bool:
+        """Whether the expert has answered any of them."""
+        return _has_success([*self._batches, *self._writer.batches])
 
     @property
     def is_replaying(self) -> bool:
@@ -118,6 +128,10 @@ class UnitLog:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _num_expert_calls(batches: Sequence[Batch]) -> int:
+    return sum(len(batch.results) for batch in batches if batch.role == "expert")
 
 
 def _has_success(batches: Sequence[Batch]) -> bool:

@@ -57,8 +57,8 @@ from teams_hpc.storage.shards import Finish
 _log = logging.getLogger(__name__)
 _POLL_S = 0.2
 _SHOW_EVERY_S = 0.5
-_ENGINE_IS_DOWN_ROWS = 16
-"""So many rows without one reply, when none ever came, mean that the engine is down."""
+_ENGINE_IS_DOWN_CALLS = 16
+"""So many calls without one reply, when none ever came, mean that the engine is down."""
 
 
 def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
@@ -84,7 +84,8 @@ def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> Non
     with joined as step, naming_disk_faults(run_dir.generate):
         stop.others = step.is_asked_to_stop
         plan = settle_plan(run_dir, config)
-        worker = _Worker(run_dir, config, plan, settle_retry(run_dir, plan), step, stop)
+        retry = settle_retry(run_dir, plan, config.site.lease_s, stop)
+        worker = _Worker(run_dir, config, plan, retry, step, stop)
         num_workers = config.site.num_workers * config.site.ranks_per_worker
         try:
             worker.work(first=index * plan.num_units // num_workers % plan.num_units)
@@ -293,7 +294,7 @@ class _Worker:
         where = f"part of unit {log.unit} of {self.plan.num_units}"
         UnitRunner(chains=chains, calls=calls, stop=self.stop, what=where).run()
         rows = [row for of_chain in rows_of_chains for row in of_chain]
-        self._refuse_dead_engine(log.unit, rows)
+        self._refuse_dead_engine(log, rows)
         before = usage_before(self.run_dir, log.unit) if self.retry is not None else None
         check_claim()
         return publish_unit(self.run_dir, log, rows, equipment.engines(), self._lines, before)
@@ -305,19 +306,29 @@ class _Worker:
         chains = [Chain(key, steering) for key in self.plan.chains_of(unit)]
         return chains, [chain.rows for chain in chains]
 
-    def _refuse_dead_engine(self, unit: int, rows: list[dict[str, object]]) -> None:
+    def _refuse_dead_engine(self, log: UnitLog, rows: list[Row]) -> None:
         """Stop early, with nothing published, if the expert has never answered anything.
+
+        In a retry, nothing since it began; one that isn't wanted any more may end as it began.
 
         Raises:
             EngineError: Says what the engine said.
         """
-        replied = (Finish.STOP, Finish.LENGTH)
-        self._has_success |= any(row["rewrite_finish"] in replied for row in rows)
-        if self._has_success or len(rows) < _ENGINE_IS_DOWN_ROWS or published_units(self.run_dir):
+        self._has_success |= log.has_reply
+        published = published_units(self.run_dir)
+        way_out = ""
+        if self.retry is not None:
+            if not self.config.generate.retry_failed:
+                return
+            published &= self.retry.failed_chains.keys()
+            way_out = ", or with generate.retry_failed=false to leave failed rows as they are"
+        if self._has_success or log.num_expert_calls < _ENGINE_IS_DOWN_CALLS or published:
             return
+        details = (row["detail"] for row in rows if row["rewrite_finish"] == Finish.ERROR)
         raise EngineError(
-            f"the expert answered nothing in unit {unit}, the first ({len(rows)} rows): "
-            f"{rows[0]['detail'] or 'no reason given'}; set that right and run again"
+            f"the expert answered nothing in unit {log.unit}, the first ({log.num_expert_calls} "
+            f"calls): {next(details, '') or 'no reason given'}; set that right and run "
+            f"again{way_out}"
         )
 
     def _show_progress(self, counts: Counts) -> None:
@@ -358,13 +369,13 @@ class _Worker:
         """Remove what killed processes left behind; all units are published."""
         self._budget.clear()
         leases = self.run_dir.leases
-        for path in (*leases.glob("block-*"), leases / "budget"):
+        for path in (*leases.glob("block-*"), leases / "budget", leases / "retry-plan"):
             lease = Lease(path, self.config.site.lease_s)
             if lease.acquire():  # its holder is gone
                 lease.release()
         for folder in (self.run_dir.generate, self.run_dir.shards, self.run_dir.retry):
             remove_leftovers(folder)
-        for name in ("block-", "budget", "generate-finish"):
+        for name in ("block-", "budget", "retry-plan", "generate-finish"):
             for path in leases.glob(f".*{name}*.tmp"):
                 path.unlink(missing_ok=True)
 

@@ -36,8 +36,9 @@ def _noise(keys: Sequence[tuple[int, int]], size: int, device: torch.device) -> 
     first, second = words.to(device)[:, :, None].unbind(1)
     counter = torch.arange(size, dtype=torch.int32, device=device)
     bits = _mix(_mix(counter + first).add_(second))
-    # Uniform in (0, 1], finest near 0, where the likeliest tokens are decided.
-    uniform = bits.float().mul_(2.0**-32).remainder_(1.0).clamp_(min=2.0**-33)
+    # Uniform in (0, 1), finest near 0, where the likeliest tokens are decided. At 1, to which some
+    # round, the noise would be infinite and rule out even the only token there is.
+    uniform = bits.float().mul_(2.0**-32).remainder_(1.0).clamp_(2.0**-33, 1.0 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 

@@ -19,6 +19,7 @@ from teams_hpc.rewriting.operations import OPERATIONS, rewrite_request
 from teams_hpc.rewriting.reviewer import SANITY_CALLS
 from teams_hpc.rewriting.seeds import Seed, read_seeds
 from teams_hpc.rewriting.splits import split_seeds
+from teams_hpc.storage.retry_folder import had_retry
 from teams_hpc.storage.run_dir import RunDir, read_manifest
 
 ASSUMED_JUDGED = 0.9
@@ -294,6 +295,8 @@ def measure(run_dir: RunDir, config: Config) -> Measured:
         measured.shares[ask.stage, ask.role, ask.what] = min(1.0, calls / ask.most)
         measured.tokens[ask.stage, ask.role] = _mean_tokens(spent)
     for stage, ledger in usage.items():
+        if read_manifest(run_dir, stage) is None:  # its calls so far are not those of all its work
+            continue
         seconds = _process_seconds(run_dir, config, stage)
         calls = sum(row.calls for row in ledger.rows.values())
         if seconds is not None and calls:
@@ -307,7 +310,12 @@ def _mean_tokens(usage: Usage) -> tuple[float, float]:
 
 
 def _process_seconds(run_dir: RunDir, config: Config, stage: str) -> float | None:
-    """Seconds that all processes of a stage took together, from the rate of their last start."""
+    """Seconds that all processes of a stage took together, from the rate of their last start.
+
+    None after a retry: its rate counts whole units, of which it made only some chains again.
+    """
+    if stage == "generate" and had_retry(run_dir):
+        return None
     progress = stage_progress(run_dir, stage)
     if progress is None or progress.rate_per_s <= 0:
         return None

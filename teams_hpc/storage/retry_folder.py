@@ -67,4 +67,5 @@ def retried_units(run_dir: RunDir) -> set[int]:
 def newest_shard(run_dir: RunDir, unit: int) -> Path:
     """The file of a unit: the one that a retry has made, if it has, else the one from before."""
     retried = run_dir.retried_shard(unit)
-    return retried if retried.exists() else run_dir.shard(unit)
+    is_newer = retried.exists() and run_dir.retry_plan.exists()  # else a late one: it's all done
+    return retried if is_newer else run_dir.shard(unit)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from teams_hpc.cluster.records import JobRecord, write_record
 from teams_hpc.cluster.slurm import JobState
 from teams_hpc.config import load_resolved
 from teams_hpc.config.digest import stage_inputs
-from teams_hpc.errors import BudgetError, UsageError
+from teams_hpc.errors import BudgetError, EngineError, UsageError
 from teams_hpc.generation import outcome, retry, worker
 from teams_hpc.generation.outcome import check_balance
+from teams_hpc.generation.published import PublishedUnits
 from teams_hpc.generation.worker import generate
 from teams_hpc.llm.base import Completion
 from teams_hpc.llm.template_engine import TemplateEngine
@@ -88,6 +90,11 @@ def begin(run_dir: RunDir) -> bool:
 
 def rows(run_dir: RunDir, names: Sequence[str] = NAMES) -> list[tuple[str, ...]]:
     return [tuple(map(repr, row)) for row in columns(run_dir, *names)]
+
+
+def failed_rows(run_dir: RunDir, unit: int) -> int:
+    with Table.open(run_dir.shard(unit)) as table:
+        return int(table.attrs["counts"]["failed"])
 
 
 @pytest.mark.parametrize("answer", ["every", "last"])
@@ -223,6 +230,26 @@ def test_killed_at_any_moment_each_unit_is_the_old_or_the_new_one(
         assert not run_dir.retry.exists()
 
 
+def test_an_expert_that_is_still_down_ends_the_retry_before_anything_is_published(
+    tmp_path: Path, fault: Fault
+) -> None:
+    units = {"unit_size": 20}
+    quiet = fault.make(tmp_path / "quiet", generate=units)
+    run_dir = RunDir(tmp_path / "failed")
+    fault.make(run_dir.root, share=100, generate=units)
+    make_run(run_dir.root, generate={**units, **AGAIN})
+    assert begin(run_dir)
+    with pytest.raises(EngineError, match=r"the expert answered nothing in unit 0.*no GPU"):
+        fault.make(run_dir.root, share=256, generate={**units, **AGAIN})
+    assert list(run_dir.retry.glob("*.h5")) == []
+    shutil.copytree(run_dir.root, tmp_path / "unwanted")
+    again = fault.make(run_dir.root, generate={**units, **AGAIN})
+    assert {**again, "usage": 0} == {**quiet, "usage": 0}
+    # What can't but fail must not keep the run from going on.
+    unwanted = fault.make(tmp_path / "unwanted", share=256, generate=units)
+    assert unwanted["counts"]["failed"] > 0
+
+
 def test_the_budget_holds_over_both_attempts(tmp_path: Path, fault: Fault) -> None:
     run_dir = RunDir(tmp_path)
     failed = fault.make(run_dir.root, share=24)
@@ -264,6 +291,50 @@ def test_several_processes_share_a_retry(tmp_path: Path) -> None:
     assert again["counts"]["failed"] == 0
     assert {**again, "usage": 0} == {**quiet, "usage": 0}
     assert leftovers(run_dir) == []
+
+
+def test_one_worker_alone_plans_a_retry(
+    tmp_path: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = RunDir(tmp_path)
+    fault.make(run_dir.root, share=24)
+    config = load_resolved(make_run(run_dir.root, generate=AGAIN).config)
+    assert begin(run_dir)
+    real_plan, plans, late = retry._plan_retry, [], []
+
+    def plan_slowly(*args: Any) -> Any:
+        """Meanwhile another worker comes: with a plan of its own it would be far ahead."""
+        plans.append(real_plan(*args))
+        if len(plans) == 1:
+            late.append(threading.Thread(target=generate, args=(run_dir, config, 1, StopFlag())))
+            late[0].start()
+            late[0].join(2.0)
+            real_plan(*args)  # what has been read so far is still what there is
+        return plans[-1]
+
+    monkeypatch.setattr(retry, "_plan_retry", plan_slowly)
+    assert fault.make(run_dir.root, generate=AGAIN)["counts"]["failed"] == 0
+    late[0].join(20.0)
+    assert len(plans) == 1
+    assert not run_dir.retry.exists()
+    assert leftovers(run_dir) == []
+
+
+def test_a_unit_written_after_the_retry_has_ended_does_not_count(
+    tmp_path: Path, fault: Fault
+) -> None:
+    """By a process that slept: nothing is lost, since the rows are those of the manifest."""
+    run_dir = RunDir(tmp_path)
+    fault.make(run_dir.root, share=24)
+    unit = next(number for number in range(12) if failed_rows(run_dir, number))
+    before = run_dir.shard(unit).read_bytes()
+    make_run(run_dir.root, generate=AGAIN)
+    assert begin(run_dir)
+    again = fault.make(run_dir.root, generate=AGAIN)
+    run_dir.retry.mkdir()
+    run_dir.retried_shard(unit).write_bytes(before)
+    name = run_dir.shard(unit).name
+    assert PublishedUnits(run_dir).attrs([unit])[unit]["sha256"] == again["units"][name]
 
 
 def test_a_submission_waits_for_jobs_that_read_what_would_be_made_again(

@@ -7,10 +7,16 @@ import pytest
 
 from teams_hpc.config import Config
 from teams_hpc.config.digest import STAGE_KEYS, stage_inputs
-from teams_hpc.report.call_forecast import Forecast, forecast_calls, forecast_lines
+from teams_hpc.report.call_forecast import (
+    Forecast,
+    Measured,
+    forecast_calls,
+    forecast_lines,
+    measure,
+)
 from teams_hpc.rewriting.seeds import read_seeds
 from teams_hpc.rewriting.splits import split_seeds
-from teams_hpc.storage.atomic import write_json
+from teams_hpc.storage.atomic import read_json, write_json
 from teams_hpc.storage.run_dir import RunDir
 
 NUM_SEEDS = 10
@@ -156,6 +162,20 @@ def test_what_was_not_measured_is_not_guessed(tmp_path: Path) -> None:
     assert found.gpu_dollars is None
     assert {line.prompt_tokens for line in found.lines if line.ask.stage == "policy"} == {None}
     assert "GPU" not in "\n".join(forecast_lines(found))
+
+
+def test_seconds_of_a_call_come_from_whole_stages_alone(tmp_path: Path) -> None:
+    # A tenth of 10 s, and of the calls: the rate foretells all of the seconds, not all calls.
+    unfinished, config = earlier_run(tmp_path)
+    usage = read_json(unfinished.manifest("generate"))["usage"]
+    unfinished.manifest("generate").unlink()
+    write_json(unfinished.policy / "member-000" / "usage.json", usage)
+    write_json(unfinished.progress("policy-000"), read_json(unfinished.progress("generate")))
+    assert measure(unfinished, config) == Measured()
+    # The rate of a retry is that of units of which most rows were there before.
+    retried, config = earlier_run(tmp_path)
+    write_json(retried.generate / "before_retry.json", {})
+    assert measure(retried, config).process_s == {}
 
 
 def test_prices_are_outside_all_digests(tmp_path: Path) -> None:

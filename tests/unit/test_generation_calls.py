@@ -295,6 +295,26 @@ def test_a_holder_that_was_thought_dead_costs_calls_and_nothing_else(
     assert expert.asked == []
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize("num_checks", range(1, 8))
+def test_a_unit_that_was_lost_may_come_back_to_the_same_engine(
+    tmp_path: Path, quiet: tuple[list[Row], list[str]], num_checks: int, is_shared: bool
+) -> None:
+    left = [num_checks]
+
+    def lose() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise ClaimLost
+
+    expert, judge = share_engine(Stub()) if is_shared else (Stub(), Stub())
+    with pytest.raises(ClaimLost):
+        run(tmp_path, expert, judge, claim=lose)
+    # A late reply to an earlier prompt would pass for one to another prompt of the same step.
+    assert expert.num_pending == 0
+    assert repr(run(tmp_path, expert, judge)[0]) == repr(quiet[0])
+
+
 def test_an_engine_that_was_down_is_asked_anew(
     tmp_path: Path, quiet: tuple[list[Row], list[str]]
 ) -> None:
@@ -347,6 +367,26 @@ def test_a_pair_the_reviewer_cannot_judge_fails_alone(tmp_path: Path) -> None:
     again = Short()
     assert repr(run(tmp_path, Stub(), again, verdict="likelihood")[0]) == repr(rows)
     assert again.asked == []
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_reviewer_that_refuses_to_generate_ends_the_unit_and_it_goes_on_after(
+    tmp_path: Path, quiet: tuple[list[Row], list[str]], is_shared: bool
+) -> None:
+    """The refusal may be of any request in flight; the others are still on their way."""
+
+    class Refusing(Stub):
+        def step(self) -> list[Completion]:
+            if self._pending[0].task.kind == "judge" and len(self.batches) > 3:
+                self._pending.pop()
+                raise EngineError("refuses the key (403)")
+            return Stub.step(self)
+
+    expert, judge = share_engine(Refusing()) if is_shared else (Stub(), Refusing(batch=1))
+    with pytest.raises(EngineError, match="refuses the key"):
+        run(tmp_path, expert, judge)
+    assert repr(run(tmp_path, Stub(), Stub())[0]) == repr(quiet[0])
+    assert sorted(done_and_doubted(tmp_path)[0]) == quiet[1]
 
 
 def test_a_verdict_that_is_no_number_fails_its_step_in_the_first_run_and_in_a_replay(

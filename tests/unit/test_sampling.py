@@ -39,3 +39,12 @@ def test_tokens_outside_the_nucleus_are_never_drawn() -> None:
     only = next_tokens(logits, KEYS, temperature=1.0, top_p=1e-9)
     assert (only == 1).all()
     assert (next_tokens(logits, KEYS, temperature=0.0, top_p=0.7) == 1).all()
+
+
+def test_the_only_likely_token_is_drawn_whatever_its_noise() -> None:
+    key, size, token = (171, 0), 1 << 19, 352_368  # here the uniform number rounds to 1
+    assert _noise([key], size, torch.device("cpu")).isfinite().all()
+    logits = torch.zeros(1, size)
+    logits[0, token] = 100.0
+    for top_p in (0.9, 1.0):
+        assert next_tokens(logits, [key], temperature=1.0, top_p=top_p).item() == token
