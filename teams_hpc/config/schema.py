@@ -293,6 +293,9 @@ class SftConfig(Section):
     checkpoint_interval_steps: Count = 100
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     eval_interval_steps: Count = 50
+    peak_tflops: Positive | None = Field(
+        None, description="of one GPU, for MFU; null: known for A100, H100 and a few more"
+    )
 
     @model_validator(mode="after")
     def _steps_fit(self) -> "SftConfig":

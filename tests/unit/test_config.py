@@ -160,6 +160,7 @@ def test_digests_ignore_where_and_how_hard(tmp_path: Path) -> None:
         "sft.offload_optimizer=true",
         "sft.checkpoint_interval_steps=3",
         "sft.max_steps=2",
+        "sft.peak_tflops=2.0",
         "name=other",
         "run_dir=elsewhere",
     )
