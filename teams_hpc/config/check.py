@@ -138,12 +138,3 @@ def refuse_faults(faults: Sequence[str]) -> None:
     """
     if faults:
         raise ConfigError("\n".join(["can't start:", *(f"  {fault}" for fault in faults[:10])]))
-
-
-def check_inputs(config: Config) -> None:
-    """Refuse a configuration that names what isn't there.
-
-    Raises:
-        ConfigError: With all faults at once.
-    """
-    refuse_faults(input_faults(config))

@@ -443,6 +443,9 @@ class SiteConfig(Section):
     lease_s: Positive = Field(60.0, description="a silent holder's claim ends after so long")
     max_restarts_without_progress: CountOrZero = 2
     gpus_per_node: CountOrZero = Field(0, description="GPUs of a node that work here; 0: none")
+    gpu_memory_gb: Positive | None = Field(
+        None, description="of one GPU, 10^9 bytes: what can't fit is refused; null: not checked"
+    )
     slurm: SlurmConfig = SlurmConfig()
     container: ContainerConfig | None = None
 

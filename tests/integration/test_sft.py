@@ -461,6 +461,13 @@ def test_each_step_is_measured(trained: RunDir) -> None:
     assert message.endswith(f"{written[-1]['tokens_per_s']:,.0f} tokens/s")
 
 
+def test_a_checkpoint_takes_twelve_bytes_a_parameter(trained: RunDir) -> None:
+    """What `pipeline.room` counts on."""
+    number = AutoModelForCausalLM.from_pretrained(trained.model).num_parameters()
+    files = (trained.checkpoints / "step-000020" / "zero").glob("*_optim_states.pt")
+    assert 12 < sum(path.stat().st_size for path in files) / number < 14
+
+
 def test_event_files_say_what_the_lines_say(trained: RunDir) -> None:
     pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
