@@ -1,6 +1,7 @@
 """Room for the fine-tuning: by hand for known models, and against what torch really allocates."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,36 @@ def test_the_estimate_is_shown(tmp_path: Path) -> None:
     small = Config(name="a", site={"gpus_per_node": 1}, run_dir=tmp_path / "run")
     found = {line.what: line.found for line in diagnose(small) if line.level == "ok"}
     assert "disk" in found
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("llama2-7b-a100", LLAMA_2),
+        ("llama2-7b-a100-40gb", LLAMA_2),
+        ("llama3-8b-a100", LLAMA_3),
+        ("llama3-8b-a100-40gb", LLAMA_3),
+        ("paper-llama1-7b", LLAMA_2.model_copy(update={"max_position_embeddings": 2048})),
+    ],
+)
+def test_shipped_configs_fit_on_one_to_eight_nodes(
+    name: str, shape: ModelShape, tmp_path: Path
+) -> None:
+    """With the numbers that stand in their comments."""
+    path = CONFIGS / f"{name}.yaml"
+    said = dict(re.findall(r"(\d+) GPUs: (\d+) GB", path.read_text()))
+    assert len(said) == (1 if name.startswith("paper") else 5)
+    words = [f"sft.model={json.dumps(shape.model_dump())}", f"run_dir={tmp_path / 'run'}"]
+    assert load_config(path).site.gpu_memory_gb == (40 if "40gb" in name else 80)
+    for gpus in (4, 8):
+        for nodes in (1, 2, 4, 8):
+            ranks = gpus * nodes
+            site = [f"site.gpus_per_node={gpus}", f"site.num_sft_ranks={ranks}"]
+            config = load_config(path, words + site)
+            assert room_faults(config) == []
+            if str(ranks) in said:
+                total = gpu_room(config, shape, ranks).total
+                assert f"{total / 1e9:.0f}" == said[str(ranks)]
