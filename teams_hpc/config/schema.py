@@ -272,6 +272,7 @@ class SftConfig(Section):
         default_factory=ModelShape, description="a Hugging Face folder, or the shape of a new one"
     )
     attention: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
+    liger: bool = Field(False, description="fused kernels for Llama on CUDA: extra 'liger'")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: Literal[2, 3] = 3
     sequence_length: Annotated[int, Field(ge=16)] = Field(2048, description="tokens a packed row")

@@ -25,8 +25,6 @@ _RESERVE = 2e9
 """CUDA's context, NCCL, workspaces of cuBLAS, fragments."""
 _PROCESS_BYTES = 4e9
 """Memory of the host that a process with CUDA takes for itself."""
-_LOSS_BYTES = 12
-"""Three float32 numbers for each logit: log-probability, and two gradients on its way back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +100,7 @@ def gpu_room(config: Config, shape: ModelShape, world_size: int) -> GpuRoom:
         update=here * update,
         activations=tokens * _kept_bytes(sft, shape),
         layer=tokens * _layer_work_bytes(sft, shape),
-        loss=tokens * _LOSS_BYTES * shape.vocab_size,
+        loss=tokens * _loss_bytes(sft) * shape.vocab_size,
         reserve=_RESERVE,
         # The gradients of all sub-groups exist twice there.
         host=(1 - here) * (states + 2 * gradients) + (1 - kept) * weights,
@@ -112,7 +110,7 @@ def gpu_room(config: Config, shape: ModelShape, world_size: int) -> GpuRoom:
 def _kept_bytes(sft: SftConfig, shape: ModelShape) -> float:
     """Kept of a token from the forward to the backward pass, over all layers."""
     size, layers = _TYPE_BYTES[sft.dtype], shape.num_hidden_layers
-    last_norm = (4 + 2 * size) * shape.hidden_size
+    last_norm = _norm_bytes(sft) * shape.hidden_size
     mask = 0 if sft.attention == "flash_attention_2" else sft.sequence_length
     each = size * shape.hidden_size if sft.activation_checkpointing else layer_bytes(sft, shape)
     return layers * each + last_norm + mask
@@ -125,17 +123,35 @@ def _layer_work_bytes(sft: SftConfig, shape: ModelShape) -> float:
     return gradients + (layer_bytes(sft, shape) if sft.activation_checkpointing else 0)
 
 
+def _loss_bytes(sft: SftConfig) -> int:
+    """For each logit, while the loss is passed backwards.
+
+    Three float32 numbers: log-probability, and two gradients on its way back. With Liger one, the
+    gradient in the place of the logit, and another that is rounded.
+    """
+    size = _TYPE_BYTES[sft.dtype]
+    if sft.liger:
+        return 4 + (size if size != 4 else 0)
+    return 12
+
+
+def _norm_bytes(sft: SftConfig) -> int:
+    """What a norm keeps of each number: it, and scaled; without Liger in float32, and normed."""
+    size = _TYPE_BYTES[sft.dtype]
+    return 2 * size if sft.liger else 4 + 2 * size
+
+
 def layer_bytes(sft: SftConfig, shape: ModelShape) -> float:
     """What one layer of a Llama keeps of a token for its backward pass.
 
-    Two norms: the input in float32, it normed, and it scaled. Attention: queries, keys, values and
-    the result. MLP: gate, its activation, up, and their product. sdpa repeats keys and values for
-    each head where it has a mask, and makes numbers of the mask.
+    Two norms. Attention: queries, keys, values and the result; sdpa repeats keys and values for
+    each head where it has a mask, and makes numbers of the mask. MLP: gate, its activation (Liger
+    computes it again), up, and their product.
     """
     size, hidden = _TYPE_BYTES[sft.dtype], shape.hidden_size
     keys = hidden * shape.num_key_value_heads // shape.num_attention_heads
-    norms = 2 * (4 + 2 * size) * hidden
-    mlp = 4 * size * shape.intermediate_size
+    norms = 2 * _norm_bytes(sft) * hidden
+    mlp = (3 if sft.liger else 4) * size * shape.intermediate_size
     if sft.attention == "flash_attention_2":
         return norms + size * (2 * hidden + 2 * keys) + mlp
     return norms + size * (4 * hidden + sft.sequence_length) + mlp
@@ -294,6 +310,7 @@ def _gpu_remedies(config: Config) -> str:
     changes = {
         f"lower sft.micro_batch_rows from {micro_rows}": micro_rows > 1,
         "set sft.activation_checkpointing=true": not sft.activation_checkpointing,
+        "set sft.liger=true": not sft.liger,
         "set sft.zero_stage=3": sft.zero_stage == 2,
         f"raise site.num_sft_ranks from {ranks}": ranks < sft.global_batch_rows,
         "set sft.offload_optimizer=true": not sft.offload_optimizer,

@@ -28,6 +28,7 @@ _PACKAGES = (
     ("sb3-contrib", "policy training", True),
     ("h5py", "generation, data set", True),
     ("flash-attn", "flash attention on GPUs: extra 'flash'", False),
+    ("liger-kernel", "sft.liger on GPUs: extra 'liger'", False),
     ("vllm", "kind vllm: extra 'vllm'", False),
     ("lm-eval", "ARC, HellaSwag: extra 'eval'", False),
 )

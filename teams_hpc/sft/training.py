@@ -25,6 +25,7 @@ from teams_hpc.sft.deepspeed_config import BatchPlan, deepspeed_config, plan_bat
 from teams_hpc.sft.engine import StepResult, ZeroEngine
 from teams_hpc.sft.export import base_card, model_card, model_files, write_model
 from teams_hpc.sft.folders import remove_leftover_folders
+from teams_hpc.sft.liger import check_liger
 from teams_hpc.sft.metrics_log import MetricsLog
 from teams_hpc.sft.model import build_model
 from teams_hpc.sft.schedule import Schedule
@@ -44,7 +45,7 @@ def train(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
         UsageError: The processes can't share the batch, or the checkpoint is of another number
             and has not been reshaped.
         InputChangedError: The checkpoint is of other inputs.
-        WorkError: The model or attention can't be had, sequences aren't kept apart, the loss is
+        WorkError: Model, attention or Liger can't be had, sequences aren't kept apart, the loss is
             not finite, or memory or disk ran out. Checkpoints stay.
         StopRequested: Asked to stop, on any of the processes; all have written a checkpoint.
     """
@@ -56,6 +57,7 @@ def train(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
     ranks, device = read_ranks(), find_device()
     plan = plan_batch(config.sft, ranks.world_size)
     attention = choose_attention(config.sft, device)
+    check_liger(config.sft, device)
     transformers_logging.disable_progress_bar()
     with claimed(run_dir, config, ranks) as lease, joined_world(ranks, device) as world:
         _Training(
