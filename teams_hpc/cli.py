@@ -101,7 +101,9 @@ def submit(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print batch scripts and DeepSpeed's JSON; submit nothing."),
+        typer.Option(
+            "--dry-run", help="Print room needed, scripts, DeepSpeed's JSON; submit nothing."
+        ),
     ] = False,
 ) -> None:
     """Submit the whole pipeline to Slurm: arrays, jobs and their dependencies.

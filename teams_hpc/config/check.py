@@ -54,6 +54,15 @@ def _flash_attention_fault(sft: SftConfig) -> str | None:
     )
 
 
+def _liger_fault(sft: SftConfig) -> str | None:
+    if not sft.liger or importlib.util.find_spec("liger_kernel"):
+        return None
+    return (
+        "sft.liger: needs the package liger-kernel, which is not installed; install the extra "
+        "'liger', or set sft.liger=false"
+    )
+
+
 def _file_faults(config: Config) -> Iterator[str]:
     if config.seeds.path is not None and not config.seeds.path.is_file():
         yield f"seeds.path: no file {config.seeds.path}"
@@ -77,8 +86,13 @@ def _executor_faults(config: Config) -> Iterator[str]:
 
 
 def _gpu_faults(config: Config) -> Iterator[str]:
-    """A model that vLLM splits needs as many GPUs on the node where its process runs."""
+    """Liger's kernels need GPUs; a model that vLLM splits, as many on its process's node."""
     available = config.site.gpus_per_node
+    if config.sft.liger and not available:
+        yield (
+            "sft.liger: its kernels run on CUDA alone, but site.gpus_per_node is 0; set "
+            "site.gpus_per_node, or sft.liger=false"
+        )
     for role in _ROLES:
         engine = getattr(config, role)
         wanted = engine.tensor_parallel_size if isinstance(engine, VllmEngineConfig) else 0
@@ -100,9 +114,9 @@ def _place_faults(config: Config) -> Iterator[str]:
 
 
 def _package_faults(config: Config) -> Iterator[str]:
-    flash = _flash_attention_fault(config.sft)
-    if flash:
-        yield flash
+    for fault in (_flash_attention_fault(config.sft), _liger_fault(config.sft)):
+        if fault:
+            yield fault
     for role in _ROLES:
         is_vllm = isinstance(getattr(config, role), VllmEngineConfig)
         if is_vllm and not importlib.util.find_spec("vllm"):
@@ -138,12 +152,3 @@ def refuse_faults(faults: Sequence[str]) -> None:
     """
     if faults:
         raise ConfigError("\n".join(["can't start:", *(f"  {fault}" for fault in faults[:10])]))
-
-
-def check_inputs(config: Config) -> None:
-    """Refuse a configuration that names what isn't there.
-
-    Raises:
-        ConfigError: With all faults at once.
-    """
-    refuse_faults(input_faults(config))

@@ -40,6 +40,7 @@ _WHERE_AND_HOW_HARD = frozenset(
         "sft.keep_checkpoints",
         "sft.eval_interval_steps",
         "sft.max_steps",
+        "sft.peak_tflops",
         "evaluate.batch_size",
     }
 )

@@ -272,6 +272,7 @@ class SftConfig(Section):
         default_factory=ModelShape, description="a Hugging Face folder, or the shape of a new one"
     )
     attention: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
+    liger: bool = Field(False, description="fused kernels for Llama on CUDA: extra 'liger'")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: Literal[2, 3] = 3
     sequence_length: Annotated[int, Field(ge=16)] = Field(2048, description="tokens a packed row")
@@ -293,6 +294,9 @@ class SftConfig(Section):
     checkpoint_interval_steps: Count = 100
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     eval_interval_steps: Count = 50
+    peak_tflops: Positive | None = Field(
+        None, description="of one GPU, for MFU; null: known for A100, H100 and a few more"
+    )
 
     @model_validator(mode="after")
     def _steps_fit(self) -> "SftConfig":
@@ -440,6 +444,9 @@ class SiteConfig(Section):
     lease_s: Positive = Field(60.0, description="a silent holder's claim ends after so long")
     max_restarts_without_progress: CountOrZero = 2
     gpus_per_node: CountOrZero = Field(0, description="GPUs of a node that work here; 0: none")
+    gpu_memory_gb: Positive | None = Field(
+        None, description="of one GPU, 10^9 bytes: what can't fit is refused; null: not checked"
+    )
     slurm: SlurmConfig = SlurmConfig()
     container: ContainerConfig | None = None
 

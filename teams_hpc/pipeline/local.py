@@ -7,12 +7,13 @@ import time
 from typing import Protocol
 
 from teams_hpc.config import Config
-from teams_hpc.config.check import check_inputs
+from teams_hpc.config.check import input_faults, refuse_faults
 from teams_hpc.errors import WorkError
 from teams_hpc.pipeline.graph import Stage, stage_graph, task_name
 from teams_hpc.pipeline.inputs import is_done, prepare_stage, set_aside_outdated
 from teams_hpc.pipeline.reshape import needs_reshaping
 from teams_hpc.pipeline.retry import begin_retry
+from teams_hpc.pipeline.room import room_faults
 from teams_hpc.pipeline.start import prepared_run
 from teams_hpc.pipeline.task import error_path
 from teams_hpc.runtime.metrics import append_metrics
@@ -44,7 +45,7 @@ def run_pipeline(
         WorkError: A stage failed.
         StopRequested: Asked to stop; every process has reached a safe point.
     """
-    check_inputs(config)
+    refuse_faults([*input_faults(config), *room_faults(config)])
     with prepared_run(config, stop=stop, rerun_from=rerun_from) as run_dir:
         begin_retry(run_dir, config)
         for stage in stage_graph(config):

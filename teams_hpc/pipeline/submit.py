@@ -19,6 +19,7 @@ from teams_hpc.pipeline.forecast import needed_warning_s
 from teams_hpc.pipeline.graph import Stage, find_stage, stage_graph
 from teams_hpc.pipeline.inputs import is_done, set_aside_outdated
 from teams_hpc.pipeline.retry import begin_retry, wants_retry
+from teams_hpc.pipeline.room import room_faults, room_lines
 from teams_hpc.pipeline.start import open_run, prepared_run
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.sft.deepspeed_config import deepspeed_config, plan_batch
@@ -51,6 +52,7 @@ def submission_faults(config: Config, run_dir: RunDir) -> list[str]:
             "site.executor: is local; for Slurm name a site (extends: sites/slurm-a100.yaml) or "
             "set site.executor=slurm"
         )
+    faults += room_faults(config)
     seconds, why = needed_warning_s(config, run_dir)
     if config.site.slurm.warning_s < seconds:
         faults.append(
@@ -61,7 +63,15 @@ def submission_faults(config: Config, run_dir: RunDir) -> list[str]:
 
 
 def submission_scripts(config: Config, entry: Entry) -> Iterator[str]:
-    """Every batch script and DeepSpeed's JSON, for reading; needs no Slurm, submits nothing."""
+    """What there is to read before submitting: room needed, batch scripts, DeepSpeed's JSON.
+
+    Needs no Slurm and submits nothing.
+
+    Raises:
+        ConfigError: The fine-tuning can't fit.
+    """
+    yield "\n".join(room_lines(config))
+    refuse_faults(room_faults(config))
     submitter = Submitter(config=config, run_dir=RunDir(config.resolved_run_dir), entry=entry)
     names = {stage.name: f"<job of {stage.name}>" for stage in stage_graph(config)}
     for stage, spec in zip(stage_graph(config), job_specs(config), strict=True):

@@ -14,7 +14,7 @@ from rich.table import Table
 from teams_hpc.config import Config, LocalEngineConfig
 from teams_hpc.config.check import input_faults
 from teams_hpc.errors import TeamsError
-from teams_hpc.pipeline.forecast import num_parameters
+from teams_hpc.pipeline.room import disk_room, room_faults, room_lines
 from teams_hpc.pipeline.submit import submission_faults
 from teams_hpc.report.doctor_slurm import slurm_findings
 from teams_hpc.report.finding import Finding, fault_of_line
@@ -28,11 +28,11 @@ _PACKAGES = (
     ("sb3-contrib", "policy training", True),
     ("h5py", "generation, data set", True),
     ("flash-attn", "flash attention on GPUs: extra 'flash'", False),
+    ("liger-kernel", "sft.liger on GPUs: extra 'liger'", False),
     ("vllm", "kind vllm: extra 'vllm'", False),
     ("lm-eval", "ARC, HellaSwag: extra 'eval'", False),
 )
 _LOW_DISK_GB = 5.0
-_STATE_BYTES_PER_PARAMETER = 14  # float32 weights, two Adam moments, 16-bit weights
 
 
 def _packages(config: Config | None) -> Iterator[Finding]:
@@ -65,12 +65,12 @@ def _machine(config: Config | None) -> Iterator[Finding]:
 
 
 def _disk(config: Config | None) -> Finding:
-    """Free space where the run is, against what its checkpoints will take, roughly."""
+    """Free space where the run is, against what the fine-tuning will write."""
     folder = Path.cwd() if config is None else config.resolved_run_dir
     while not folder.exists():
         folder = folder.parent
     free_gb = shutil.disk_usage(folder).free / 1e9
-    needed_gb = max(_LOW_DISK_GB, _checkpoints_gb(config) if config else 0.0)
+    needed_gb = max(_LOW_DISK_GB, disk_room(config).total / 1e9 if config else 0.0)
     is_enough = free_gb > needed_gb
     return Finding(
         level="ok" if is_enough else "fault",
@@ -79,12 +79,6 @@ def _disk(config: Config | None) -> Finding:
         expected=f"more than {needed_gb:.0f} GB where the run directory is",
         remedy="" if is_enough else f"free some space on {folder}, or lower sft.keep_checkpoints",
     )
-
-
-def _checkpoints_gb(config: Config) -> float:
-    """The checkpoints that are kept and the one that is being written."""
-    size = _STATE_BYTES_PER_PARAMETER * num_parameters(config)
-    return size * (config.sft.keep_checkpoints + 1) / 1e9
 
 
 def _gpus(config: Config | None) -> Iterator[Finding]:
@@ -115,8 +109,12 @@ def _ranks_on_gpus(config: Config) -> int:
 
 
 def _config_findings(config: Config) -> Iterator[Finding]:
-    for fault in _faults(config):
-        yield fault_of_line(fault)
+    faults = _faults(config)
+    yield from map(fault_of_line, faults)
+    if not faults:
+        for line in room_lines(config)[1:]:
+            what, _, found = line.strip().partition(": ")
+            yield Finding(level="ok", what=what, found=found)
     try:
         seeds = read_seeds(config.seeds.path, config.seeds.limit)
     except TeamsError as error:
@@ -137,9 +135,9 @@ def _config_findings(config: Config) -> Iterator[Finding]:
 
 
 def _faults(config: Config) -> list[str]:
-    if config.site.executor == "local":
-        return input_faults(config)
     try:
+        if config.site.executor == "local":
+            return [*input_faults(config), *room_faults(config)]
         return submission_faults(config, RunDir(config.resolved_run_dir))
     except TeamsError as error:
         return [str(error)]

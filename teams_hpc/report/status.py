@@ -182,7 +182,8 @@ def _tokens_per_s(
     """Tokens trained on, or written, each second; None where nothing says it."""
     if stage == "sft":
         lines = deque(read_metrics(run_dir.sft / "metrics.jsonl"), maxlen=1)
-        return float(lines[0]["tokens_per_s"]) if lines else None
+        # The line of step 0 tells of held-out rows alone.
+        return lines[0].get("tokens_per_s") if lines else None
     if stage != "generate" or stage not in usage or progress is None or not progress.done:
         return None
     tokens = sum(row.completion_tokens for row in usage[stage].rows.values())

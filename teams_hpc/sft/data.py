@@ -49,6 +49,12 @@ class Batch:
         """Tokens that aren't padding."""
         return int(np.count_nonzero(self.sequence_ids >= 0))
 
+    @property
+    def num_pairs(self) -> int:
+        """Sum of the squares of the sequences' lengths: pairs of tokens of the same sequence."""
+        # The odd numbers up to 2 n - 1 add up to n squared.
+        return int(np.sum(2 * self.position_ids[self.sequence_ids >= 0] + 1))
+
     def part(self, start: int, stop: int) -> "Batch":
         """Some of the rows."""
         return Batch(

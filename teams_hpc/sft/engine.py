@@ -15,6 +15,7 @@ from teams_hpc.errors import WorkError
 from teams_hpc.sft.attention import Attention, packed_logits
 from teams_hpc.sft.data import IGNORED, Batch, PackedRows
 from teams_hpc.sft.deepspeed_config import plan_batch
+from teams_hpc.sft.liger import liger_loss_sum
 from teams_hpc.sft.model import BuiltModel
 from teams_hpc.sft.reshaping import TAG, repair_universal_load
 from teams_hpc.sft.world import World
@@ -97,6 +98,7 @@ class ZeroEngine:
         )
         self._world = world
         self._attention = attention
+        self._loss = liger_loss_sum if config.sft.liger else token_loss_sum
         self._zero_stage = config.sft.zero_stage
         self._micro_rows = plan_batch(config.sft, world.size).micro_rows
 
@@ -204,7 +206,7 @@ class ZeroEngine:
             self._put(torch.from_numpy(batch.position_ids)),
             self._attention,
         )
-        return token_loss_sum(logits, self._put(torch.from_numpy(batch.targets)))
+        return self._loss(logits, self._put(torch.from_numpy(batch.targets)))
 
     def _put(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._world.device)

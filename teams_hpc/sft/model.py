@@ -15,6 +15,7 @@ from teams_hpc.config import Config, ModelShape
 from teams_hpc.errors import WorkError
 from teams_hpc.rewriting.identity import keyed_seed
 from teams_hpc.sft.attention import Attention
+from teams_hpc.sft.liger import apply_liger
 
 VOCABULARY_MULTIPLE = 64
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,7 +52,7 @@ def build_model(
         zero_config: DeepSpeed's configuration; at stage 3 a folder is loaded in parts.
 
     Raises:
-        WorkError: The folder holds no model that fits.
+        WorkError: The folder holds no model that fits, or Liger has no kernels for it.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     num_tokens = max(vocab_size, len(tokenizer))
@@ -62,6 +63,8 @@ def build_model(
         grow_vocabulary(built.model, num_tokens)
     model = built.model
     model.set_attn_implementation(attention)
+    if config.sft.liger:
+        apply_liger(model)
     model.config.use_cache = False
     # A resumed run could not repeat dropout's random numbers.
     model.config.attention_dropout = 0.0

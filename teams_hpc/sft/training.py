@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from teams_hpc.config import Config, ModelShape
 from teams_hpc.errors import WorkError
-from teams_hpc.runtime.metrics import Progress, append_metrics, read_metrics
+from teams_hpc.runtime.metrics import Progress
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.runtime.ranks import read_ranks
 from teams_hpc.sft.attention import Attention, check_isolation, choose_attention
@@ -25,10 +25,13 @@ from teams_hpc.sft.deepspeed_config import BatchPlan, deepspeed_config, plan_bat
 from teams_hpc.sft.engine import StepResult, ZeroEngine
 from teams_hpc.sft.export import base_card, model_card, model_files, write_model
 from teams_hpc.sft.folders import remove_leftover_folders
+from teams_hpc.sft.liger import check_liger
+from teams_hpc.sft.metrics_log import MetricsLog
 from teams_hpc.sft.model import build_model
 from teams_hpc.sft.schedule import Schedule
+from teams_hpc.sft.throughput import Meter
 from teams_hpc.sft.world import World, default_threads, find_device, joined_world
-from teams_hpc.storage.atomic import read_json, remove_leftovers, replacing
+from teams_hpc.storage.atomic import read_json, remove_leftovers
 from teams_hpc.storage.lease import Lease
 from teams_hpc.storage.run_dir import RunDir, read_manifest, write_manifest
 
@@ -42,7 +45,7 @@ def train(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
         UsageError: The processes can't share the batch, or the checkpoint is of another number
             and has not been reshaped.
         InputChangedError: The checkpoint is of other inputs.
-        WorkError: The model or attention can't be had, sequences aren't kept apart, the loss is
+        WorkError: Model, attention or Liger can't be had, sequences aren't kept apart, the loss is
             not finite, or memory or disk ran out. Checkpoints stay.
         StopRequested: Asked to stop, on any of the processes; all have written a checkpoint.
     """
@@ -54,6 +57,7 @@ def train(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
     ranks, device = read_ranks(), find_device()
     plan = plan_batch(config.sft, ranks.world_size)
     attention = choose_attention(config.sft, device)
+    check_liger(config.sft, device)
     transformers_logging.disable_progress_bar()
     with claimed(run_dir, config, ranks) as lease, joined_world(ranks, device) as world:
         _Training(
@@ -177,7 +181,9 @@ class _Loop:
         self._order = RowOrder(len(training.packed), training.config.seed)
         run_dir = training.run_dir
         self._held_out = PackedRows.open(run_dir.packed_rows, "held_out", self._sft.sequence_length)
-        self._metrics = run_dir.sft / "metrics.jsonl"
+        self._metrics = MetricsLog(run_dir.sft, state.step, enabled=self._world.is_first)
+        self._meter = Meter.of(self._sft, self._world, engine.model)
+        self._tokens_per_s: float | None = None
         self._progress = Progress(
             run_dir.progress("sft"), unit="steps", enabled=self._world.is_first
         )
@@ -189,10 +195,9 @@ class _Loop:
 
     def go(self) -> None:
         """Train; at the end held-out loss is measured and a checkpoint is there."""
-        self._forget_later_metrics()
         if self.state.step == 0:
             self._measure_held_out()
-            self._append({"step": 0, "held_out_loss": self.state.held_out_loss})
+            self._metrics.append({"step": 0, "held_out_loss": self.state.held_out_loss})
         while self.state.step < self._stop_step:
             self.report()
             self._step()
@@ -201,26 +206,33 @@ class _Loop:
         if self.state.held_out_step != self.state.step:
             self._measure_held_out()
         self._save()
+        self._metrics.close()
 
     def report(self) -> None:
         """Say how far it is."""
         losses = {"loss": self.state.last_loss, "held-out": self.state.held_out_loss}
-        message = ", ".join(f"{name} {x:.2f}" for name, x in losses.items() if x is not None)
-        self._progress.update(self.state.step, self._stop_step, message)
+        words = [f"{name} {x:.2f}" for name, x in losses.items() if x is not None]
+        if self._tokens_per_s is not None:
+            words.append(f"{self._tokens_per_s:,.0f} tokens/s")
+        self._progress.update(self.state.step, self._stop_step, ", ".join(words))
 
     def _step(self) -> None:
         start = time.monotonic()
         step = self.state.step
         batch = self._own_rows(step)
-        loss_tokens, tokens, stops = self._world.sum(
-            batch.num_loss_tokens, batch.num_tokens, float(self._training.stop.is_set)
+        loss_tokens, tokens, pairs, stops = self._world.sum(
+            batch.num_loss_tokens,
+            batch.num_tokens,
+            batch.num_pairs,
+            float(self._training.stop.is_set),
         )
         if stops:
             self._stop()
         rate = self._schedule.learning_rate(step)
         result = self._engine.step(batch, loss_tokens, rate)
         self._refuse_not_finite(result)
-        seconds = time.monotonic() - start
+        measured = self._meter.measure(tokens, pairs, time.monotonic() - start)
+        self._tokens_per_s = measured["tokens_per_s"]
         self.state = replace(
             self.state,
             step=step + 1,
@@ -235,12 +247,12 @@ class _Loop:
             "grad_norm": result.grad_norm,
             "tokens": self.state.tokens,
             "loss_tokens": int(loss_tokens),
-            "tokens_per_s": tokens / seconds,
+            **measured,
         }
         if self._is_due(self._sft.eval_interval_steps) or step + 1 == self._stop_step:
             self._measure_held_out()
             line["held_out_loss"] = self.state.held_out_loss
-        self._append(line)
+        self._metrics.append(line)
 
     def _own_rows(self, step: int) -> Batch:
         plan = self._training.plan
@@ -278,19 +290,3 @@ class _Loop:
                 self._training.lease.refuse_if_lost("the fine-tuning")
             self._store.save(self._engine, self.state)
             self._saved_step = self.state.step
-
-    def _append(self, line: dict[str, Any]) -> None:
-        if self._world.is_first:
-            append_metrics(self._metrics, line)
-
-    def _forget_later_metrics(self) -> None:
-        """Drop lines beyond the checkpoint, which will be written again, and a torn last one."""
-        if not self._world.is_first or not self._metrics.exists():
-            return
-        kept = [line for line in read_metrics(self._metrics) if line["step"] <= self.state.step]
-        if self.state.step == 0:
-            kept = []
-        with replacing(self._metrics) as temporary:
-            temporary.touch()
-            for line in kept:
-                append_metrics(temporary, line)

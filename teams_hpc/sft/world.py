@@ -46,6 +46,12 @@ class World:
         dist.all_reduce(total)
         return [float(value) for value in total.tolist()]
 
+    def max(self, value: float) -> float:
+        """The largest of all processes' values."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in order of rank."""
         found: list[Any] = [None] * self.size

@@ -26,15 +26,17 @@ from teams_hpc.dataset.balance import GROUPS
 from teams_hpc.dataset.packed_file import SequenceCollector, write_packed
 from teams_hpc.dataset.templates import Example, Row
 from teams_hpc.dataset.tokenizer import prepare_tokenizer
+from teams_hpc.runtime.metrics import read_metrics
 from teams_hpc.sft.data import PackedRows, RowOrder
 from teams_hpc.sft.schedule import Schedule
-from teams_hpc.storage.atomic import write_json, write_text
+from teams_hpc.storage.atomic import read_json, write_json, write_text
 from teams_hpc.storage.run_dir import RunDir, read_manifest
 
 LENGTH, STEPS, BATCH_ROWS, SEED = 64, 50, 8, 11
 NUM_TRAIN, NUM_HELD_OUT = 120, 13
 STOPPED = 144
 TIMEOUT_S = 120.0
+MEASURED = {"tokens_per_s", "tokens_per_s_per_process", "peak_memory_gb", "mfu"}
 SHAPE = ModelShape(
     vocab_size=320,
     hidden_size=32,
@@ -57,6 +59,7 @@ SFT = SftConfig(
     grad_clip=0.5,
     checkpoint_interval_steps=4,
     eval_interval_steps=10,
+    peak_tflops=1.0,
 )
 
 
@@ -187,12 +190,15 @@ def new_run(folder: Path, data_folder: Path) -> RunDir:
 
 
 def metrics(run_dir: RunDir) -> list[dict[str, Any]]:
-    """Complete lines, without the one value that depends on the clock."""
+    """Complete lines, without the values that depend on the clock or the machine."""
     path = run_dir.sft / "metrics.jsonl"
     if not path.exists():
         return []
     complete = path.read_text().rpartition("\n")[0].splitlines()
-    return [{**json.loads(line), "tokens_per_s": None} for line in complete]
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in MEASURED}
+        for line in complete
+    ]
 
 
 def losses(run_dir: RunDir) -> list[float]:
@@ -439,6 +445,41 @@ def test_zero_2_in_bfloat16_from_a_folder(
     assert manifest["held_out_loss"]["after"] == pytest.approx(
         _held_out_loss(model, run_dir), abs=0.02
     )
+
+
+def test_each_step_is_measured(trained: RunDir) -> None:
+    written = [line for line in read_metrics(trained.sft / "metrics.jsonl") if "loss" in line]
+    before = 0
+    for line in written:
+        assert line.keys() >= MEASURED
+        assert line["tokens_per_s"] == pytest.approx(2 * line["tokens_per_s_per_process"])
+        assert 0 < line["mfu"] < 1
+        assert 0.1 < line["peak_memory_gb"] < 10
+        assert line["padding_share"] == 1 - (line["tokens"] - before) / (BATCH_ROWS * LENGTH)
+        before = line["tokens"]
+    message = read_json(trained.progress("sft"))["message"]
+    assert message.endswith(f"{written[-1]['tokens_per_s']:,.0f} tokens/s")
+
+
+def test_a_checkpoint_takes_twelve_bytes_a_parameter(trained: RunDir) -> None:
+    """What `pipeline.room` counts on."""
+    number = AutoModelForCausalLM.from_pretrained(trained.model).num_parameters()
+    files = (trained.checkpoints / f"step-{STEPS:06d}" / "zero").glob("*_optim_states.pt")
+    assert 12 < sum(path.stat().st_size for path in files) / number < 14
+
+
+def test_event_files_say_what_the_lines_say(trained: RunDir) -> None:
+    pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert len(list((trained.sft / "tensorboard").iterdir())) == 1  # the first process alone
+    found = EventAccumulator(str(trained.sft / "tensorboard"))
+    found.Reload()
+    assert set(found.Tags()["scalars"]) == {*MEASURED, "padding_share", "loss", "held_out_loss"} | {
+        "lr", "grad_norm", "tokens", "loss_tokens"
+    }  # fmt: skip
+    events = [event.value for event in found.Scalars("loss")]
+    np.testing.assert_allclose(events, losses(trained), rtol=1e-6)
 
 
 def _grown(weight: torch.Tensor, num_rows: int) -> torch.nn.Parameter:

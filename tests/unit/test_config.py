@@ -9,6 +9,7 @@ from teams_hpc.config.digest import changed_keys, inputs_digest, stage_inputs
 from teams_hpc.errors import ConfigError
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+SITES = sorted(Path(__file__).parents[2].glob("configs/sites/*.yaml"))
 
 
 def write(path: Path, text: str) -> Path:
@@ -27,17 +28,17 @@ def test_shipped_files_load_and_survive_a_round_trip(path: Path, tmp_path: Path)
 def test_the_shipped_files_are_all_here() -> None:
     names = {path.stem for path in SHIPPED}
     assert names >= {"quickstart", "paper-llama1-7b", "llama2-7b-a100", "llama3-8b-a100"}
+    assert {"local", "slurm-a100", "slurm-test"} <= {path.stem for path in SITES}
     for name in ("llama2-7b-a100", "llama3-8b-a100"):
         config = load_config(next(path for path in SHIPPED if path.stem == name))
         assert config.sft.attention == "flash_attention_2"
         assert config.site.executor == "slurm"
 
 
-@pytest.mark.parametrize("name", ["local", "slurm-a100", "slurm-test"])
-def test_shipped_sites_load(name: str, tmp_path: Path) -> None:
-    site = Path(__file__).parents[2] / "configs" / "sites" / f"{name}.yaml"
+@pytest.mark.parametrize("site", SITES, ids=lambda site: site.stem)
+def test_shipped_sites_load(site: Path, tmp_path: Path) -> None:
     config = load_config(write(tmp_path / "run.yaml", f"name: a\nextends: {site}\n"))
-    assert config.site.executor == ("local" if name == "local" else "slurm")
+    assert config.site.executor == ("local" if site.stem == "local" else "slurm")
 
 
 def test_layers_override_in_order(tmp_path: Path) -> None:
@@ -160,6 +161,7 @@ def test_digests_ignore_where_and_how_hard(tmp_path: Path) -> None:
         "sft.offload_optimizer=true",
         "sft.checkpoint_interval_steps=3",
         "sft.max_steps=2",
+        "sft.peak_tflops=2.0",
         "name=other",
         "run_dir=elsewhere",
     )

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from teams_hpc.config import Config, ModelShape, load_config
-from teams_hpc.pipeline.forecast import needed_warning_s, num_parameters
+from teams_hpc.pipeline.forecast import needed_warning_s
+from teams_hpc.pipeline.room import num_parameters
 from teams_hpc.pipeline.submit import submission_faults
 from teams_hpc.storage.atomic import write_json
 from teams_hpc.storage.run_dir import RunDir
@@ -37,7 +38,7 @@ def test_a_large_model_needs_a_longer_warning(tmp_path: Path) -> None:
     config = load(tmp_path, f"sft.model={large}")
     seconds, why = needed_warning_s(config, RunDir(tmp_path / "run"))
     assert 60 < seconds < 600  # 6.6 billion parameters on two nodes
-    assert "a checkpoint of 9" in why  # 92 GB
+    assert "a checkpoint of 79.3 GB" in why  # 12 bytes each
     (fault,) = submission_faults(config, RunDir(tmp_path / "run"))
     assert fault.startswith("site.slurm.warning_s: 20 s is too short")
     enough = load(tmp_path, f"sft.model={large}", "site.slurm.warning_s=600")

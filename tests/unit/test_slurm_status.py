@@ -265,6 +265,8 @@ def test_restarts_and_tokens_come_from_files(
     (run_dir.metrics / "generate-001.starts.jsonl").write_text('{"job": "1"}\n')
     (run_dir.metrics / "restarts.jsonl").write_text('{"stage": "generate", "restarts": 2}\n')
     run_dir.sft.mkdir()
+    (run_dir.sft / "metrics.jsonl").write_text('{"step": 0, "held_out_loss": 6.0}\n')
+    assert line_of(run_dir, config, "sft").tokens_per_s is None
     (run_dir.sft / "metrics.jsonl").write_text('{"tokens_per_s": 5.0}\n{"tokens_per_s": 7.5}\n')
     assert line_of(run_dir, config).restarts == 4
     assert line_of(run_dir, config, "sft").tokens_per_s == 7.5
