@@ -102,6 +102,23 @@ def run_way(job: Job, *, python: str = sys.executable, num_processes: int = 1) -
         return result
 
 
+def start_child(script: Path, words: Sequence[str], threads: int) -> Result:
+    """Run a script in a process of its own; its last argument is where it writes its JSON.
+
+    Raises:
+        WayFailedError: It failed; says how.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result_path, log = Path(folder) / "result.json", Path(folder) / "log"
+        codes = run_processes(
+            (sys.executable, str(script), *words, str(result_path)), [log], threads
+        )
+        if any(codes) or not result_path.exists():
+            raise WayFailedError(_reason([log], codes))
+        result: Result = json.loads(result_path.read_text(encoding="utf-8"))
+        return result
+
+
 def run_processes(command: Sequence[str], logs: Sequence[Path], threads: int) -> list[int]:
     """Start a process for each log, as a launcher of torch would, and wait for them.
 
@@ -167,10 +184,11 @@ def peer_versions(python: str) -> dict[str, str] | None:
         "print(json.dumps({m.__name__: m.__version__ for m in "
         "(trl, datasets, accelerate, transformers, torch)}))"
     )
-    done = subprocess.run((python, "-c", code), capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        print(f"{PEER} is LEFT OUT: {python} can't import it ({last}); see the docstring")
+    try:
+        done = subprocess.run((python, "-c", code), capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        text = getattr(error, "stderr", None) or str(error)
+        print(f"{PEER} is LEFT OUT: {python} can't import it ({text.strip().splitlines()[-1]})")
         return None
     found: dict[str, str] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
