@@ -6,8 +6,9 @@
 A small Llama in float32 is trained on the same examples from the same weights with the same AdamW,
 rate and clipping, and about as many real tokens an update; sft_ways.py says how each way does it.
 Ways take turns, each in a process of its own, so that a busy machine hits all alike; the first
-updates are not timed. Padding is not counted, in any of them. At the end of each, held-out loss is
-measured by one and the same function, every sequence alone.
+updates are not timed. One thread by default: several wait for each other on a busy machine, and
+that waiting counts as CPU time. Padding is not counted, in any of them. At the end of each,
+held-out loss is measured by one and the same function, every sequence alone.
 
 The examples are those of a run (`make quickstart` makes one), or of a JSON, JSONL or text file in
 Alpaca's or Self-Instruct's form; a tokenizer is trained on them. What padding costs depends on how
@@ -214,18 +215,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="examples of a file instead of a run's")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=16, help="timed optimizer steps")
-    parser.add_argument("--warmup", type=int, default=2, help="optimizer steps before them")
+    parser.add_argument("--updates", type=int, default=8, help="timed optimizer steps")
+    parser.add_argument("--warmup", type=int, default=1, help="optimizer steps before them")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--update-rows", type=int, default=16, help="packed rows an update")
+    parser.add_argument("--update-rows", type=int, default=8, help="packed rows an update")
     parser.add_argument("--micro-rows", type=int, default=4, help="ours: packed rows a pass")
     parser.add_argument("--peer-micro-rows", type=int, default=1, help="TRL: packed rows a pass")
     parser.add_argument("--padded-micro-rows", type=int, default=8, help="padded rows a pass")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate, constant")
-    parser.add_argument("--threads", type=int, default=2, help="torch CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="torch CPU threads")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python with TRL")
     parser.add_argument("--label", default="", help="added to the name of the results")
     arguments = parser.parse_args()
