@@ -35,6 +35,8 @@ from teams_hpc.storage.atomic import read_json, remove_leftovers
 from teams_hpc.storage.lease import Lease
 from teams_hpc.storage.run_dir import RunDir, read_manifest, write_manifest
 
+_MARGIN = 1.5
+"""How much longer than the slowest so far the next checkpoint may take."""
 _log = logging.getLogger(__name__)
 
 
@@ -178,6 +180,7 @@ class _Loop:
         self._engine = engine
         self._store = store
         self._saved_step = state.step
+        training.stop.need_before_limit(_MARGIN * store.slowest_save_s)
         self._order = RowOrder(len(training.packed), training.config.seed)
         run_dir = training.run_dir
         self._held_out = PackedRows.open(run_dir.packed_rows, "held_out", self._sft.sequence_length)
@@ -290,3 +293,4 @@ class _Loop:
                 self._training.lease.refuse_if_lost("the fine-tuning")
             self._store.save(self._engine, self.state)
             self._saved_step = self.state.step
+            self._training.stop.need_before_limit(_MARGIN * self._store.slowest_save_s)
