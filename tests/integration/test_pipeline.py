@@ -257,17 +257,25 @@ def test_any_number_of_workers_makes_the_same_rows(
 def stop_after(config: Path, root: Path, stage: str, *words: str, timeout_s: float = 120) -> None:
     """Run until `stage` is done, anew if it was done before, then kill the run."""
     path = root / stage / "manifest.json"
-    before = path.stat().st_mtime_ns if path.exists() else None
+    before = _written_at(path)
     process = start(config, *words)
     deadline = time.monotonic() + timeout_s
     try:
-        while not path.exists() or path.stat().st_mtime_ns == before:
+        while _written_at(path) in (None, before):
             assert time.monotonic() < deadline, f"{stage} takes too long"
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=30)
+
+
+def _written_at(path: Path) -> int | None:
+    """When a file was last written (ns), or None: the run may set it aside at any moment."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def processes_of(root: Path) -> list[int]:
