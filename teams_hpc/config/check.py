@@ -1,6 +1,7 @@
 """Checks of what a configuration points at, before anything is started or torch is loaded."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from teams_hpc.config.schema import (
 from teams_hpc.errors import ConfigError
 
 _ROLES = ("instructor", "reviewer", "expert")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def _model_folder_fault(key: str, folder: Path) -> str | None:
@@ -22,9 +24,20 @@ def _model_folder_fault(key: str, folder: Path) -> str | None:
         return f"{key}: no model folder {folder}; download it there or set {key}=PATH"
     if not (folder / "config.json").is_file():
         return f"{key}: {folder} has no config.json; it must be a Hugging Face model folder"
+    if not _is_json_object(folder / "config.json"):
+        return f"{key}: {folder}/config.json is damaged: no JSON object; download it again"
     if not any(folder.glob("*.safetensors")):
         return f"{key}: {folder} has no *.safetensors; convert the weights to safetensors"
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        return f"{key}: {folder} has no tokenizer ({' or '.join(_TOKENIZERS)}); put it there"
     return None
+
+
+def _is_json_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _engine_faults(config: Config) -> Iterator[str]:

@@ -45,7 +45,12 @@ class _Located(str):
         return located
 
     def resolve(self) -> Path:
-        return _normal(Path(self.base, Path(self).expanduser()))
+        if "\0" in self:
+            raise ConfigError(f"{str(self)!r} is no path: it has a NUL character in it")
+        try:
+            return _normal(Path(self.base, Path(self).expanduser()))
+        except RuntimeError:
+            raise ConfigError(f"{self}: there is no such home; write the whole path") from None
 
 
 def _normal(path: Path) -> Path:
