@@ -36,6 +36,11 @@ def all_indices(config: Config, stage: Stage) -> tuple[int, ...]:
     return tuple(range(counts.get(stage.form, 1)))
 
 
+def _longest_array() -> int:
+    """How many tasks the cluster takes in one array."""
+    return max(1, int(scheduler_settings().get("MaxArraySize", "1001")))
+
+
 def job_specs(config: Config) -> list[JobSpec]:
     """One specification for each stage of the graph, as if nothing were done."""
     return [
@@ -266,7 +271,7 @@ class _Submission:
         replaces: str | None = None,
     ) -> list[JobRecord]:
         submitter = Submitter(config=self.config, run_dir=self.run_dir, entry=self.entry)
-        most = max(1, int(scheduler_settings().get("MaxArraySize", "1001")))
+        most = _longest_array()
         chunks = [tuple(indices[at : at + most]) for at in range(0, len(indices), most)]
         parallel = max(1, self.config.site.slurm.max_parallel_tasks // len(chunks))
         records = [
@@ -301,6 +306,11 @@ def prepare_job(config: Config, name: str) -> Iterator[str]:
     spec = job_spec(config, name, all_indices(config, stage))
     faults = submission_faults(config, RunDir(config.resolved_run_dir))
     refuse_faults(faults or slurm_faults(config, [spec]))
+    if len(spec.indices) > (most := _longest_array()):
+        raise UsageError(
+            f"{name}: {len(spec.indices)} tasks are more than this cluster takes in one array "
+            f"(MaxArraySize {most}); teams-hpc submit makes several of them"
+        )
     is_retry = name == "generate" and wants_retry(RunDir(config.resolved_run_dir), config)
     if is_retry:
         _refuse_to_move_work(config, RunDir(config.resolved_run_dir), None)

@@ -23,7 +23,7 @@ from teams_hpc.config import Config, dump_yaml
 from teams_hpc.errors import RunInUseError, UsageError
 from teams_hpc.pipeline.graph import Stage
 from teams_hpc.pipeline.local import run_pipeline
-from teams_hpc.pipeline.submit import resubmit_job, submit_pipeline
+from teams_hpc.pipeline.submit import prepare_job, resubmit_job, submit_pipeline
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.run_dir import RunDir
 
@@ -163,18 +163,22 @@ def test_a_cancelled_run_gets_no_successors(slurm: FakeSlurm, run_dir: RunDir) -
     assert len(read_records(run_dir)) == 3
 
 
-def submitted(
-    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, num_members: int = 3, **words: str
-) -> list[str]:
+def config_of(run_dir: RunDir, num_members: int) -> Config:
     values = {
         "name": "r",
         "run_dir": run_dir.root,
         "policy": {"num_members": num_members},
         "site": {"executor": "slurm", "slurm": {"max_parallel_tasks": 7}},
     }
+    return Config.model_validate(values)
+
+
+def submitted(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, num_members: int = 3, **words: str
+) -> list[str]:
     monkeypatch.setattr("teams_hpc.pipeline.submit.slurm_faults", lambda *_: [])
     run_dir.root.chmod(0o700)
-    return submit_pipeline(Config.model_validate(values), run_stage_job, **words)
+    return submit_pipeline(config_of(run_dir, num_members), run_stage_job, **words)
 
 
 def test_results_without_a_manifest_get_one(
@@ -204,6 +208,10 @@ def test_a_long_array_is_cut_to_what_the_cluster_takes(
     arrays = [line for text in scripts for line in text.splitlines() if "--array" in line]
     assert arrays == [f"#SBATCH --array=0-{last}%2" for last in (2, 2, 1)]
     assert "#SBATCH --dependency=afterok:100:101:102\n" in scripts[3]
+    by_hand = config_of(RunDir(tmp_path / "by-hand"), num_members=4)
+    with pytest.raises(UsageError, match=r"4 tasks are more .* one array .MaxArraySize 3"):
+        list(prepare_job(by_hand, "policy"))
+    assert not (tmp_path / "by-hand").exists()
 
 
 def test_run_leaves_a_run_to_its_jobs(slurm: FakeSlurm, run_dir: RunDir) -> None:
