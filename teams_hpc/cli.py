@@ -421,6 +421,7 @@ def _print_os_error(error: OSError) -> int:
         errno.EDQUOT: "your quota is used up; free some space and run the same command again",
         errno.EACCES: "you may not write or read there; choose another run_dir or mend its rights",
         errno.EROFS: "that file system is read-only; choose another run_dir",
+        errno.ENAMETOOLONG: "that name is longer than the file system takes; choose a shorter one",
     }
     if error.errno not in remedies:
         raise error

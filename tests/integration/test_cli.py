@@ -78,6 +78,8 @@ def test_bad_seeds_are_refused_with_their_line(tmp_path: Path, name: str) -> Non
         (["--rerun-from", "training"], "no stage 'training'"),
         (["run_dir=/proc/none/here"], "run_dir: can't write /proc/none"),
         (['run_dir="a\\0b"'], "NUL"),
+        (["run_dir=" + 300 * "a"], "longer than the file system takes"),
+        (["seeds.path=" + 300 * "a"], "longer than the file system takes"),
         (["run_dir=~nobody-of-that-name/run"], "no such home"),
     ],
 )
