@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -116,8 +116,9 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class World:
     """Processes that run `teams-hpc stage sft` together on one run directory."""
 
-    def __init__(self, run_dir: RunDir, size: int) -> None:
+    def __init__(self, run_dir: RunDir, size: int, environment: Mapping[str, str]) -> None:
         self.run_dir = run_dir
+        self.environment = environment
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -145,6 +146,7 @@ class World:
                 "LOCAL_WORLD_SIZE": str(size),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
+                **self.environment,
             },
             stdout=subprocess.DEVNULL,
             stderr=log,
@@ -197,12 +199,14 @@ def start() -> Iterator[Start]:
     """Start a world; none outlives the tests."""
     worlds: list[World] = []
 
-    def start_world(run_dir: RunDir, size: int = 2, **sft: Any) -> World:
+    def start_world(
+        run_dir: RunDir, size: int = 2, environment: Mapping[str, str] | None = None, **sft: Any
+    ) -> World:
         config = Config(
             name="tiny", seed=SEED, run_dir=run_dir.root, sft=SFT.model_copy(update=sft)
         )
         write_text(run_dir.config, dump_yaml(config))
-        worlds.append(World(run_dir, size))
+        worlds.append(World(run_dir, size, environment or {}))
         return worlds[-1]
 
     yield start_world
@@ -374,6 +378,21 @@ def test_stopped_by_one_rank_killed_and_damaged_it_ends_bit_for_bit_the_same(
     _same_result(run_dir, trained)
     assert metrics(run_dir) == metrics(trained)
     assert not list(run_dir.checkpoints.glob(".*"))
+
+
+def test_it_stops_before_the_slowest_save_would_be_too_late(
+    tmp_path: Path, data_folder: Path, start: Start
+) -> None:
+    run_dir = new_run(tmp_path, data_folder)
+    codes, errors = start(run_dir, size=1, max_steps=2).wait()
+    assert codes == [0], errors
+    manifest = run_dir.checkpoints / "step-000002" / "manifest.json"
+    write_json(manifest, {**read_json(manifest), "save_s": 3600.0})
+    limits = {"TEAMS_HPC_DEADLINE": str(time.time() + 3600), "TEAMS_HPC_WARNING_S": "5"}
+    codes, errors = start(run_dir, size=1, environment=limits).wait()
+    assert codes == [STOPPED], errors
+    assert "the time limit after 2 of 50 steps" in errors
+    assert len(losses(run_dir)) == 2
 
 
 def test_five_kills_at_any_moment_change_nothing(
