@@ -76,6 +76,21 @@ def _liger_fault(sft: SftConfig) -> str | None:
     )
 
 
+def _positions_fault(sft: SftConfig, folder: Path) -> str | None:
+    """Whether the rows are longer than the model reads; a new model's are checked by the schema."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        longest = int(content["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # another kind of model: its loading says more
+    if sft.sequence_length <= longest:
+        return None
+    return (
+        f"sft.sequence_length: {sft.sequence_length} is more than the {longest} positions of the "
+        f"model in {folder}; set it to {longest} or less"
+    )
+
+
 def _file_faults(config: Config) -> Iterator[str]:
     if config.seeds.path is not None and not config.seeds.path.is_file():
         yield f"seeds.path: no file {config.seeds.path}"
@@ -83,7 +98,8 @@ def _file_faults(config: Config) -> Iterator[str]:
         if not path.is_file():
             yield f"dataset.decontaminate: no file {path}"
     if isinstance(config.sft.model, Path):
-        fault = _model_folder_fault("sft.model", config.sft.model)
+        folder = config.sft.model
+        fault = _model_folder_fault("sft.model", folder) or _positions_fault(config.sft, folder)
         if fault:
             yield fault
     if config.evaluate.lm_eval_path is not None and not config.evaluate.lm_eval_path.is_dir():

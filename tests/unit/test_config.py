@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from teams_hpc.config import Config, ModelShape, dump_yaml, load_config, load_resolved
+from teams_hpc.config.check import input_faults
 from teams_hpc.config.digest import changed_keys, inputs_digest, stage_inputs
+from teams_hpc.config.schema import SftConfig
 from teams_hpc.errors import ConfigError
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
@@ -231,3 +233,17 @@ def test_every_file_of_a_folder_of_tasks_counts(tmp_path: Path) -> None:
     task.write_text("task: two\n")
     after = stage_inputs(load_config(path), "evaluate")
     assert changed_keys(before, after) == ["evaluate.lm_eval_path"]
+
+
+def test_rows_longer_than_a_folder_s_positions_are_refused_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
+    config = Config(name="a", run_dir=tmp_path, sft=SftConfig(model=tmp_path, sequence_length=4096))
+    (fault,) = input_faults(config)
+    assert fault.startswith("sft.sequence_length: 4096 is more than the 2048 positions")
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 4096}')
+    assert input_faults(config) == []
+    with pytest.raises(ValueError, match="sequence_length 4096 is more than the model's"):
+        SftConfig(sequence_length=4096)
