@@ -22,7 +22,7 @@ cuda_archs=${CUDA_ARCHS:-8.0 9.0}
 packages() {
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq
-  apt-get install -y -qq --no-install-recommends "$@"
+  apt-get install -y -qq --no-install-recommends "$@" >/dev/null
   apt-get clean
   rm -rf /var/lib/apt/lists/*
 }

@@ -93,7 +93,7 @@ def _probe_words(config: Config, folder: Path) -> list[str]:
         words += ["--scratch", str(config.site.slurm.scratch)]
     container = config.site.container
     if container is not None:
-        words += ["--runtime", container.runtime, "--image", str(container.image)]
+        words += ["--runtime", container.kind, "--image", str(container.image)]
     return words
 
 
@@ -225,7 +225,7 @@ def _container(config: Config, answers: Sequence[Answer]) -> Iterator[Finding]:
     blind = [answer for answer in answers if not answer["image"]]
     dumb = [answer for answer in answers if isinstance(answer.get("container"), str)]
     if without:
-        found = f"no {container.runtime} on {_names(without)}"
+        found = f"no {container.kind} on {_names(without)}"
         remedy = "name its module in site.slurm.modules (modules are not loaded for this probe)"
         yield Finding(level="note", what="container runtime", found=found, remedy=remedy)
     if blind:
@@ -235,7 +235,7 @@ def _container(config: Config, answers: Sequence[Answer]) -> Iterator[Finding]:
         found = f"on {_names(dumb)}: {dumb[0]['container']}"
         yield _line("container", False, found, remedy="does it hold this package and python3?")
     if not (without or blind or dumb):
-        yield _line("container", True, f"{container.runtime} starts {container.image.name}")
+        yield _line("container", True, f"{container.kind} starts {container.image.name}")
 
 
 def _node_packages(config: Config, answers: Sequence[Answer]) -> list[dict[str, str]]:
@@ -272,7 +272,7 @@ def _mpi(config: Config, answers: Sequence[Answer], step: Sequence[str]) -> Iter
         return
     python = [sys.executable]
     if container is not None:
-        python = [container.runtime, "exec", str(container.image), "python3"]
+        python = [container.kind, "exec", str(container.image), "python3"]
     try:
         command = (*step, f"--mpi={wanted}", *python, "-c", _MPI_CODE)
         text = call_slurm(*command, timeout_s=_TIMEOUT_S)

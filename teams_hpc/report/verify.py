@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from teams_hpc.config import Config
 from teams_hpc.config.digest import file_digest
 from teams_hpc.dataset.balance import check_balance as check_dataset_balance
 from teams_hpc.errors import TeamsError
+from teams_hpc.pipeline.bundle import verify_bundle
 from teams_hpc.pipeline.graph import stage_graph
 from teams_hpc.pipeline.inputs import is_done
 from teams_hpc.storage.atomic import read_json
@@ -27,6 +29,14 @@ class Verification:
             self.faults.extend(faults)
         else:
             self.checked.append(what)
+
+
+def verify_carried(folder: Path) -> Verification:
+    """Whether each file of an unpacked bundle is as it was made."""
+    verification = Verification()
+    faults, num_files = verify_bundle(folder)
+    verification.add(f"bundle: {num_files} files are as they were made", faults)
+    return verification
 
 
 def _file_faults(run_dir: RunDir, stage: str, manifest: dict[str, Any]) -> Iterator[str]:

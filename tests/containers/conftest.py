@@ -1,7 +1,7 @@
 """What the tests of the two recipes share: one base, an image of each recipe, a small Slurm.
 
-They take minutes, so `make test-containers` asks for them; with TEAMS_HPC_CONTAINERS_DIR=FOLDER what
-was built stays there, for the next run of somebody who works on the tests.
+They take minutes, so `make test-containers` asks for them. With TEAMS_HPC_CONTAINERS_DIR=FOLDER
+what was built stays there, for the next run of whoever works on the tests.
 """
 
 import os
@@ -13,11 +13,11 @@ from typing import NoReturn
 
 import pytest
 from chat_server import ChatServer
+from slurm.cluster import SlurmCluster, missing_programs, temporary_cluster
+from slurm.disturbances import slow_expert
 
 from containers.apptainer import Apptainer, UnavailableError, find_apptainer
 from containers.machine import BASE, Buildah, Machine, make_base, missing_tools, pip_settings
-from slurm.cluster import SlurmCluster, missing_programs, temporary_cluster
-from slurm.disturbances import slow_expert
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parents[1]
@@ -90,7 +90,7 @@ def base(buildah: Buildah, machine: Machine) -> Path:
 
 @pytest.fixture(scope="session")
 def image(buildah: Buildah, machine: Machine, base: Path) -> str:
-    """The Dockerfile, built with the arguments for CPUs; one of DeepSpeed's operators is compiled."""
+    """The Dockerfile, built with the arguments for CPUs; one operator of DeepSpeed is compiled."""
     if not buildah.has(IMAGE):
         arguments = {**CPU, "BASE": BASE, "RUNTIME_BASE": BASE, "WITH_DEEPSPEED_OPS": "pin_memory"}
         words = [word for pair in arguments.items() for word in ("--build-arg", "=".join(pair))]

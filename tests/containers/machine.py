@@ -1,4 +1,4 @@
-"""This machine as a place to build images: its package index and certificates, a base of its Debian.
+"""This machine as a place to build images: package index and certificates, a base of its Debian.
 
 No registry is asked. The base is this machine's own release, so that the MPI in an image fits the
 Slurm of the tests. How this machine's pip finds packages is put into that base alone: no recipe and
@@ -69,7 +69,7 @@ class Machine:
 
     @property
     def folders(self) -> list[Path]:
-        """To be seen by builds, at the same paths: an index in a folder links to files beside it."""
+        """To be seen by builds at the same paths; an index in a folder links to files beside it."""
         folders = (path for path in self._places if path.is_dir())
         return list(dict.fromkeys(p.parent if p.name == "simple" else p for p in folders))
 
@@ -100,7 +100,9 @@ class Buildah:
         store = ("--root", str(self.folder / "store"), "--runroot", str(self.folder / "run"))
         command = ("buildah", *store, "--storage-driver", "overlay", *words)
         # Of a build's container only the recipe decides.
-        return said(command, timeout=timeout, folder=folder, environment={"BUILDAH_FORMAT": "docker"})
+        return said(
+            command, timeout=timeout, folder=folder, environment={"BUILDAH_FORMAT": "docker"}
+        )
 
     def create(self, image: str) -> str:
         """A container to run commands in; its name."""

@@ -1,8 +1,8 @@
 """Let a program that was linked against glibc 2.38 load on an older one, where that is safe.
 
 Since 2.38 a compiler turns strtol and its kind into __isoc23_strtol@GLIBC_2.38, which reads binary
-literals too and does nothing else. Here such a reference becomes strtol@GLIBC_2.2.5 again. A program
-that takes anything else from 2.38 or later is refused.
+literals too and is the same otherwise. Here such a reference becomes strtol@GLIBC_2.2.5 again. A
+program that takes anything else from 2.38 or later is refused.
 """
 
 import struct
@@ -73,7 +73,9 @@ class _Elf:
             if self.text(names + file_at) == b"libc.so.6":
                 entry = at + first
                 for _ in range(count):
-                    code, _, index, name_at, further = struct.unpack_from("<IHHII", self.data, entry)
+                    code, _, index, name_at, further = struct.unpack_from(
+                        "<IHHII", self.data, entry
+                    )
                     yield _Need(entry, code, index, name_at, self.text(names + name_at))
                     entry += further
             if not following:
