@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,11 @@ class Apptainer:
 
     Attributes:
         program: Its path.
+        workshop: Where it may put what it needs for a while.
     """
 
     program: Path
+    workshop: Path
 
     @property
     def environment(self) -> dict[str, str]:
@@ -62,7 +65,9 @@ class Apptainer:
         """What `apptainer build WORDS` says, called in `folder`."""
         inside = (sys.executable, str(HERE / "in_user_namespace.py"))
         command = (*inside, str(self.program), "build", "--force", *words)
-        return said(command, timeout=timeout, folder=folder)
+        with tempfile.TemporaryDirectory(dir=self.workshop) as room:
+            places = {"APPTAINER_CACHEDIR": f"{room}/cache", "APPTAINER_TMPDIR": room}
+            return said(command, timeout=timeout, folder=folder, environment=places)
 
 
 def said(
@@ -107,7 +112,7 @@ def find_apptainer(folder: Path) -> Apptainer:
         if not program.exists():
             _unpack_newest(folder)
         said((str(program), "--version"), timeout=60)
-        return Apptainer(program)
+        return Apptainer(program, folder.parent)
     except (AssertionError, NotSafeError, OSError, subprocess.TimeoutExpired) as error:
         raise UnavailableError(f"no Apptainer on PATH, nor one from Debian: {error}") from error
 

@@ -22,7 +22,7 @@ HELLO = (
 def test_it_says_what_it_is_and_passes_its_own_checks(
     apptainer: Apptainer, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    """The same software by both ways; %test also ran at the end of each build."""
+    """The same software by both ways. (The builds left %test out, so that it runs once.)"""
     folder = request.getfixturevalue(kind)
     labels = json.loads(apptainer.run("inspect", "--json", "--labels", str(folder)))
     found = labels["data"]["attributes"]["labels"]
@@ -105,7 +105,7 @@ def test_a_container_that_drops_the_launchers_variables_is_caught(
     wrapper.write_text(f'#!/bin/sh\nshift\nexec {apptainer.program} exec --cleanenv "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("PATH", f"{apptainer.program.parent}{os.pathsep}{os.environ['PATH']}")
-    dropping = Apptainer(wrapper)
+    dropping = Apptainer(wrapper, tmp_path)
     alone = hybrid(dropping, sandbox, "python3", "-c", HELLO)
     assert sorted(alone.splitlines()) == ["0 of 1: 1", "0 of 1: 1"]
     stage = ("python3", "-m", "teams_hpc", "stage", "generate", str(tmp_path / "run"))

@@ -56,14 +56,14 @@ def test_it_says_what_it_is_and_what_it_starts(buildah: Buildah, image: str) -> 
 
 def test_its_user_is_nobody_special_and_may_change_nothing_of_it(container: Container) -> None:
     assert container.run("id", "-u").strip() == "10001"
-    can_write = "find /opt /usr /etc /var/lib -writable ! -type l -print -quit"
+    can_write = "find /opt /usr /etc /var/lib -writable ! -type l -print -quit 2>/dev/null; true"
     assert container.run("sh", "-c", can_write).strip() == ""
 
 
 def test_what_only_the_first_stage_needs_is_not_in_it(container: Container) -> None:
-    script = "command -v g++ make nvcc; ls /opt/teams-hpc; ls /var/lib/apt/lists"
+    script = "command -v g++ make nvcc; ls /opt/teams-hpc /root/.cache 2>/dev/null; true"
     words = container.run("sh", "-c", script).split()
-    assert sorted(words) == ["configs", "selftest.py", "venv"]
+    assert sorted(words) == ["/opt/teams-hpc:", "configs", "selftest.py", "venv"]
 
 
 def test_it_passes_its_own_checks(container: Container) -> None:

@@ -77,7 +77,7 @@ def test_a_checker_has_nothing_to_say_of_the_install_script() -> None:
 def test_a_checker_has_nothing_to_say_of_the_definitions_scripts(section: str) -> None:
     text = re.sub(r"\{\{ (\w+) \}\}", r"${\1}", sections()[section])
     assert "{{" not in text
-    given = "".join(f"{name}=x\n" for name in [*apptainer_arguments(), "APPTAINER_ENVIRONMENT"])
+    given = "".join(f"{name}=x\n" for name in [*apptainer_arguments(), "APPTAINER_LABELS"])
     # SC2034: of the arguments a section uses a few.
     shellcheck("--shell=sh", "--severity=warning", "--exclude=SC2034", "-", text=given + text)
 
