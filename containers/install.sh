@@ -88,7 +88,8 @@ step_deepspeed() {
   DS_ACCELERATOR=$("$venv/bin/python" -c \
     'import torch; print("cuda" if torch.version.cuda else "cpu")')
   TORCH_CUDA_ARCH_LIST=$(echo "$cuda_archs" | tr ' ' ';')
-  export DS_ACCELERATOR TORCH_CUDA_ARCH_LIST
+  DS_ENABLE_NINJA=1  # several files at a time; MAX_JOBS says how many
+  export DS_ACCELERATOR TORCH_CUDA_ARCH_LIST DS_ENABLE_NINJA
   for operator in $WITH_DEEPSPEED_OPS; do
     export "DS_BUILD_$(echo "$operator" | tr '[:lower:]' '[:upper:]')=1"
   done

@@ -314,12 +314,15 @@ def verify(run_dir: RunFolder) -> None:
     Of a bundle that was carried here: whether each file is as it was made.
     """
     from teams_hpc.pipeline.bundle import is_bundle
-    from teams_hpc.pipeline.start import open_run
-    from teams_hpc.report.verify import verify_carried, verify_run
 
-    if is_bundle(run_dir):
+    if is_bundle(run_dir):  # on a login node, which may have no h5py
+        from teams_hpc.report.verification import verify_carried
+
         verification = verify_carried(run_dir)
     else:
+        from teams_hpc.pipeline.start import open_run
+        from teams_hpc.report.verify import verify_run
+
         opened, config = open_run(run_dir)
         verification = verify_run(opened, config)
     for line in verification.checked:

@@ -16,7 +16,6 @@ HERE = Path(__file__).parent
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 MIRROR = "http://deb.debian.org/debian"
-HELPERS = ("mksquashfs", "squashfuse")
 # Where the package looks for its configuration, once it doesn't lie in /usr.
 LINKS = {"usr/etc": "../etc", "usr/var": "../var", "usr/lib/etc": "../../etc"}
 LINKS["usr/lib/var"] = "../../var"
@@ -102,10 +101,6 @@ def find_apptainer(folder: Path) -> Apptainer:
     Raises:
         UnavailableError: With the reason.
     """
-    if lacking := [name for name in HELPERS if shutil.which(name) is None]:
-        raise UnavailableError(
-            f"no {', '.join(lacking)} (Debian: apt-get install squashfs-tools squashfuse)"
-        )
     own = shutil.which("apptainer")
     program = Path(own) if own else folder / PROGRAMS[0]
     try:

@@ -70,13 +70,13 @@ def workshop() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def machine() -> Machine:
+    if reason := missing_tools():
+        not_tested(reason)
     return Machine(pip_settings())
 
 
 @pytest.fixture(scope="session")
-def buildah(workshop: Path) -> Iterator[Buildah]:
-    if reason := missing_tools():
-        not_tested(reason)
+def buildah(workshop: Path, machine: Machine) -> Iterator[Buildah]:
     built = Buildah(workshop)
     yield built
     built("rm", "--all")
@@ -102,7 +102,7 @@ def image(buildah: Buildah, machine: Machine, base: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def apptainer(workshop: Path) -> Apptainer:
+def apptainer(workshop: Path, machine: Machine) -> Apptainer:
     try:
         return find_apptainer(workshop / "apptainer")
     except UnavailableError as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from containers.apptainer import SOURCES, said
 
 PACKAGES = "buildah mmdebstrap shellcheck squashfs-tools squashfuse uidmap openmpi-bin"
-TOOLS = ("buildah", "mmdebstrap")
+TOOLS = ("buildah", "mmdebstrap", "mksquashfs", "squashfuse", "mpirun")
 BASE = "localhost/teams-hpc-base"
 CERTIFICATES = Path("/usr/local/share/ca-certificates")
 BUNDLE_FOLDER = Path("/etc/ssl/certs")
@@ -28,7 +28,7 @@ _PIP_KEYS = frozenset(
 
 
 def missing_tools() -> str:
-    """Why no image can be built here; empty if one can."""
+    """Why no image can be built and used here; empty if one can."""
     if lacking := [name for name in TOOLS if shutil.which(name) is None]:
         return f"no {', '.join(lacking)} (Debian: apt-get install {PACKAGES})"
     if os.geteuid() != 0:

@@ -37,7 +37,8 @@ if [ -n "${TEAMS_HPC_IMAGE:-}" ]; then
     HF_HOME=$TMPDIR/huggingface
     XDG_CACHE_HOME=$TMPDIR/cache
     MPLCONFIGDIR=$TMPDIR/matplotlib
-    export HF_HOME XDG_CACHE_HOME MPLCONFIGDIR
+    CUDA_CACHE_PATH=$TMPDIR/cuda
+    export HF_HOME XDG_CACHE_HOME MPLCONFIGDIR CUDA_CACHE_PATH
   fi
   # A stage compares it with what it finds, since an alias or a site's settings may drop variables.
   size=${OMPI_COMM_WORLD_SIZE:-${SLURM_STEP_NUM_TASKS:-${PMI_SIZE:-}}}
