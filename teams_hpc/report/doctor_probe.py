@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from teams_hpc.cluster.container import CONTAINER_PYTHON
 from teams_hpc.cluster.inventory import read_partitions
 from teams_hpc.cluster.jobs import JobSpec
 from teams_hpc.cluster.preflight import asked_partitions, option_words
 from teams_hpc.cluster.probe import TOKEN
 from teams_hpc.cluster.slurm import call_slurm
-from teams_hpc.cluster.submit import sbatch_options
+from teams_hpc.cluster.submit import SHELL, sbatch_options
 from teams_hpc.config import Config
 from teams_hpc.errors import ClusterError
 from teams_hpc.report.finding import Finding
@@ -270,11 +271,14 @@ def _mpi(config: Config, answers: Sequence[Answer], step: Sequence[str]) -> Iter
     if not any("mpi4py" in one for one in _node_packages(config, answers)):
         yield Finding(level="note", what=what, found="not tried: no mpi4py on the nodes")
         return
+    told = dict(config.site.slurm.environment)
     python = [sys.executable]
-    if container is not None:
-        python = [container.kind, "exec", str(container.image), "python3"]
+    if container is not None:  # entered as tasks enter it
+        told |= {"TEAMS_HPC_IMAGE": str(container.image), "TEAMS_HPC_CONTAINER": container.kind}
+        python = ["sh", str(SHELL / "task.sh"), CONTAINER_PYTHON]
+    words = ["env", *(f"{name}={value}" for name, value in told.items())]
     try:
-        command = (*step, f"--mpi={wanted}", *python, "-c", _MPI_CODE)
+        command = (*step, f"--mpi={wanted}", *words, *python, "-c", _MPI_CODE)
         text = call_slurm(*command, timeout_s=_TIMEOUT_S)
     except ClusterError as error:
         refused = _no_answer(error)

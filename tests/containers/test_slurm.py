@@ -76,6 +76,21 @@ def test_two_nodes_are_one_world(cluster: SlurmCluster, two_tasks: tuple[str, ..
     assert len(seen.splitlines()) == 2
 
 
+def test_doctor_tries_mpi_in_the_container(
+    cluster: SlurmCluster,
+    apptainer: Apptainer,
+    sandbox: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    words = ("site.slurm.mpi=pmix", *site(sandbox, apptainer, **ONE_HOST))
+    said = command(cluster, "doctor", str(write_config(tmp_path)), *words, folder=tmp_path)
+    lines = [line for line in said.text.splitlines() if "MPI with --mpi=pmix" in line]
+    assert len(lines) == 1, said.text
+    assert "size 2 and 2" in lines[0], said.text
+
+
 def test_a_container_that_drops_srun_s_variables_is_caught(
     cluster: SlurmCluster,
     two_tasks: tuple[str, ...],
