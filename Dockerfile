@@ -27,7 +27,7 @@ RUN /opt/teams-hpc/source/containers/install.sh deepspeed
 ARG WITH_FLASH_ATTN=1
 RUN /opt/teams-hpc/source/containers/install.sh flash_attn
 
-ARG EXTRAS=compute,eval,mpi,liger,tensorboard
+ARG EXTRAS="compute eval mpi liger tensorboard"
 ARG MPI4PY_ARGS=--no-binary=mpi4py
 RUN /opt/teams-hpc/source/containers/install.sh requirements
 

@@ -5,7 +5,7 @@
 # an image has the same software whichever of them made it. Their arguments come as variables:
 #   TORCH              what to give pip for torch
 #   PIP_INDEX_ARGS     further arguments of each pip call, such as another index
-#   EXTRAS             the project's extras, by pyproject.toml
+#   EXTRAS             the project's extras, by pyproject.toml (no commas: Apptainer divides at them)
 #   WITH_FLASH_ATTN    1: compile flash-attn against that very torch (needs nvcc)
 #   WITH_DEEPSPEED_OPS DeepSpeed's operators to compile now, by its names; empty: none
 #   MPI4PY_ARGS        how pip gets mpi4py: compiled against this image's MPI, or (empty) as a wheel
@@ -118,8 +118,8 @@ step_flash_attn() {
 }
 
 step_requirements() {
-  # shellcheck disable=SC2046
-  requirements $(echo "${EXTRAS:-compute}" | tr ',' ' ') > "$home/requirements.txt"
+  # shellcheck disable=SC2086
+  requirements ${EXTRAS:-compute} > "$home/requirements.txt"
   # shellcheck disable=SC2086
   pip ${MPI4PY_ARGS:-} --requirement "$home/requirements.txt"
   rm "$home/requirements.txt"

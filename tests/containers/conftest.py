@@ -28,7 +28,7 @@ CPU = {
     "PIP_INDEX_ARGS": "",
     "WITH_FLASH_ATTN": "0",
     "WITH_DEEPSPEED_OPS": "",
-    "EXTRAS": "compute,mpi",
+    "EXTRAS": "compute mpi",
     "MPI4PY_ARGS": "",
     "VERSION": "0.0-test",
     "REVISION": "feedc0de",
