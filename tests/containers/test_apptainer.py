@@ -75,8 +75,9 @@ def test_the_drivers_flag_does_no_harm_without_a_gpu(apptainer: Apptainer, sandb
 
 
 def test_two_ranks_under_mpirun_are_one_world(apptainer: Apptainer, sandbox: Path) -> None:
-    """mpirun inside the container starts both."""
-    words = ("mpirun", "--oversubscribe", "--host", "localhost:2", "-n", "2", "python3", "-c")
+    """mpirun inside the container starts both. It puts its own folder first in PATH."""
+    python = "/opt/teams-hpc/venv/bin/python3"
+    words = ("mpirun", "--oversubscribe", "--host", "localhost:2", "-n", "2", python, "-c")
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     found = apptainer.run("exec", str(sandbox), *words, HELLO, environment=root)
     assert worlds(found) == ["0 of 2, 2", "1 of 2, 2"]
