@@ -29,8 +29,8 @@ from containers.test_apptainer import HELLO, worlds
 
 pytestmark = [pytest.mark.containers_long, pytest.mark.timeout(2400)]
 TASK = str(PROJECT / "slurm" / "task.sh")
-# Nodes that share a host confuse Open MPI's shared memory, and this host has no fast network.
-ONE_HOST = {"OMPI_MCA_btl": "self,tcp", "OMPI_MCA_pml": "ob1", "OMPI_MCA_osc": "^ucx"}
+# Nodes that share a host would find shared memory between them.
+ONE_HOST = {"UCX_TLS": "tcp,self"}
 ITERATIONS = 60
 
 
