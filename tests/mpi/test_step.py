@@ -104,7 +104,7 @@ def test_an_mpi_without_shared_memory_between_nodes_is_named(
     double = SimpleNamespace(COMM_WORLD=World(), Win=Window, Exception=Refused)
     monkeypatch.setattr("teams_hpc.runtime.step._initialised_mpi", lambda: double)
     with (
-        pytest.raises(UsageError, match="MPI_ERR_WIN.*OMPI_MCA_osc=ucx"),
+        pytest.raises(UsageError, match=r"MPI_ERR_WIN.*OMPI_MCA_osc=ucx"),
         joined_step(Ranks(world_size=2), needs_mpi=True),
     ):
         pass
