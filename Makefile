@@ -9,10 +9,11 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUN = $(VENV)/bin/teams-hpc
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slurm test-chaos lint types check benchmark clean
+.PHONY: help setup quickstart test test-slurm test-chaos test-containers lint types check image sif \
+  bundle benchmark clean
 
 help: ## list these targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 # The marker files say what a virtual environment has; they are newer than what they were made from.
 $(VENV)/.has-compute: pyproject.toml constraints.txt
@@ -44,6 +45,10 @@ test-slurm: $(VENV)/.has-dev ## all tests on a real Slurm, the long ones too (De
 test-chaos: $(VENV)/.has-dev ## the soak: many kills in a row, under MPI and without
 	TEAMS_HPC_CHAOS=1 $(VENV)/bin/python -m pytest -q -m chaos tests
 
+test-containers: $(VENV)/.has-dev ## build both recipes and run in them (Debian packages: README)
+	TEAMS_HPC_CONTAINERS=1 \
+	  $(VENV)/bin/python -m pytest -q $(PYTEST_OPTIONS) tests/containers
+
 lint: $(VENV)/.has-dev ## style and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -52,6 +57,33 @@ types: $(VENV)/.has-dev ## static types
 	$(VENV)/bin/mypy
 
 check: lint types test ## all that CI checks
+
+# What an image says of itself. Its arguments: IMAGE_ARGS='--build-arg WITH_FLASH_ATTN=0 ...'
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' teams_hpc/__init__.py)
+REVISION = $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+LABELS = --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION)
+DOCKER ?= docker
+APPTAINER ?= apptainer
+SIF ?= teams-hpc-$(VERSION).sif
+
+image: ## the Docker image (DOCKER='buildah' or podman work too)
+	$(DOCKER) build $(BUILD_OPTIONS) $(LABELS) $(IMAGE_ARGS) --tag teams-hpc:$(VERSION) .
+
+sif: ## the Apptainer image, from a base directly; docs/operations.md: from the Docker image
+	$(APPTAINER) build $(BUILD_OPTIONS) $(LABELS) $(IMAGE_ARGS) $(SIF) apptainer.def
+
+# A cluster without internet: make bundle CONFIG=FILE OUT=FOLDER [IMAGE=SIF] [SETTINGS='KEY=VALUE ...'].
+# The login node always needs the package itself; without an image the compute nodes need all of it.
+WHEELS = dist/wheels
+WHEEL = $(VENV)/bin/python -m pip wheel --quiet --find-links $(WHEELS) --wheel-dir $(WHEELS)
+bundle: $(VENV)/.has-compute ## what a cluster without internet needs for a run: CONFIG=, OUT=, IMAGE=
+	@test -n "$(CONFIG)" && test -n "$(OUT)" || { echo "make bundle CONFIG=FILE OUT=FOLDER"; exit 2; }
+	rm -rf build $(WHEELS)
+	mkdir -p $(WHEELS)
+	$(if $(IMAGE),,$(WHEEL) $(TORCH))
+	$(WHEEL) -c constraints.txt '.$(if $(IMAGE),,[compute,eval,mpi])'
+	cp constraints.txt $(WHEELS)
+	$(RUN) bundle $(CONFIG) $(SETTINGS) --output $(OUT) --wheels $(WHEELS) $(if $(IMAGE),--image $(IMAGE))
 
 benchmark: $(VENV)/.has-compute ## measure the policy environment on this machine
 	$(VENV)/bin/python benchmarks/policy_environment.py

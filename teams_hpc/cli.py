@@ -283,13 +283,48 @@ def report(run_dir: RunFolder) -> None:
 
 
 @app.command()
-def verify(run_dir: RunFolder) -> None:
-    """Check checksums, balance and plan coverage; exit 1 and a list if anything is off."""
-    from teams_hpc.pipeline.start import open_run
-    from teams_hpc.report.verify import verify_run
+def bundle(
+    config: ConfigFile,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="A new folder.")],
+    overrides: Overrides = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="SIF", help="As site.container.image=SIF.")
+    ] = None,
+    wheels: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Packages to carry too (pip wheel).")
+    ] = None,
+) -> None:
+    """Gather what a cluster without internet needs for a run: image or packages, models, data.
 
-    opened, config = open_run(run_dir)
-    verification = verify_run(opened, config)
+    `verify DIR` over there, or `sha256sum --check SHA256SUMS` in it, finds what was damaged.
+    """
+    from teams_hpc.config import load_config
+    from teams_hpc.pipeline.bundle import bundle_lines, make_bundle
+
+    words = [*(overrides or ()), *([f"site.container.image={image}"] if image else ())]
+    made = make_bundle(load_config(config, words), output.absolute(), wheels=wheels)
+    for line in bundle_lines(made):
+        print(line)
+
+
+@app.command()
+def verify(run_dir: RunFolder) -> None:
+    """Check checksums, balance and plan coverage; exit 1 and a list if anything is off.
+
+    Of a bundle that was carried here: whether each file is as it was made.
+    """
+    from teams_hpc.pipeline.bundle import is_bundle
+
+    if is_bundle(run_dir):  # on a login node, which may have no h5py
+        from teams_hpc.report.verification import verify_carried
+
+        verification = verify_carried(run_dir)
+    else:
+        from teams_hpc.pipeline.start import open_run
+        from teams_hpc.report.verify import verify_run
+
+        opened, config = open_run(run_dir)
+        verification = verify_run(opened, config)
     for line in verification.checked:
         print(f"ok     {line}")
     for line in verification.faults:

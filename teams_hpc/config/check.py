@@ -40,13 +40,36 @@ def _is_json_object(path: Path) -> bool:
         return False
 
 
-def _engine_faults(config: Config) -> Iterator[str]:
+def named_models(config: Config) -> Iterator[tuple[str, Path]]:
+    """Dotted key and folder of each model that a run loads."""
     for role in _ROLES:
         engine = getattr(config, role)
         if isinstance(engine, LocalEngineConfig):
-            fault = _model_folder_fault(f"{role}.model", engine.model)
-            if fault:
-                yield fault
+            yield f"{role}.model", engine.model
+    if isinstance(config.sft.model, Path):
+        yield "sft.model", config.sft.model
+
+
+def named_data(config: Config) -> Iterator[tuple[str, Path]]:
+    """Dotted key and path of each other file or folder that a run reads."""
+    if config.seeds.path is not None:
+        yield "seeds.path", config.seeds.path
+    for number, path in enumerate(config.dataset.decontaminate):
+        yield f"dataset.decontaminate.{number}", path
+    if config.evaluate.lm_eval_path is not None:
+        yield "evaluate.lm_eval_path", config.evaluate.lm_eval_path
+
+
+def model_faults(config: Config) -> Iterator[str]:
+    """Model folders that aren't there, or hold no model that can be loaded."""
+    for key, folder in named_models(config):
+        if fault := _model_folder_fault(key, folder):
+            yield fault
+
+
+def _key_faults(config: Config) -> Iterator[str]:
+    for role in _ROLES:
+        engine = getattr(config, role)
         if (
             isinstance(engine, HttpEngineConfig)
             and engine.api_key_env
@@ -98,8 +121,7 @@ def _file_faults(config: Config) -> Iterator[str]:
         if not path.is_file():
             yield f"dataset.decontaminate: no file {path}"
     if isinstance(config.sft.model, Path):
-        folder = config.sft.model
-        fault = _model_folder_fault("sft.model", folder) or _positions_fault(config.sft, folder)
+        fault = _positions_fault(config.sft, config.sft.model)
         if fault:
             yield fault
     if config.evaluate.lm_eval_path is not None and not config.evaluate.lm_eval_path.is_dir():
@@ -164,7 +186,7 @@ def input_faults(config: Config, *, elsewhere: bool = False) -> list[str]:
         config: What is to be run.
         elsewhere: It runs in jobs of its own, and its packages may be in a container.
     """
-    checks = (_file_faults, _engine_faults, _gpu_faults, _place_faults)
+    checks = (_file_faults, model_faults, _key_faults, _gpu_faults, _place_faults)
     faults = [fault for check in checks for fault in check(config)]
     if not elsewhere:
         faults += _executor_faults(config)

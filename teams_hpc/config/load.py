@@ -302,6 +302,10 @@ def load_resolved(path: Path) -> Config:
 
 def dump_yaml(config: Config) -> str:
     """The whole configuration as YAML that `load_resolved` reads back to an equal `Config`."""
-    values = config.model_dump(mode="json")
+    return dump_values(config.model_dump(mode="json"))
+
+
+def dump_values(values: Mapping[str, Any]) -> str:
+    """YAML in which a text never looks like a number, to our reader or any other."""
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=100)
     return text

@@ -422,12 +422,17 @@ class SlurmConfig(Section):
 class ContainerConfig(Section):
     """The container that each task runs in; the batch script itself runs on the node."""
 
+    kind: Literal["apptainer", "singularity"] = Field(
+        "apptainer", description="the command that every node has"
+    )
     image: Path = Field(description="a SIF file or sandbox folder that every node sees")
-    runtime: Literal["apptainer", "singularity"] = "apptainer"
-    binds: tuple[Annotated[str, Field(pattern=r"^[^,\n]+$")], ...] = Field(
-        (), description="further folders, as SOURCE or SOURCE:DESTINATION"
+    binds: tuple[Annotated[str, Field(pattern=r"^/[^,\n]*$")], ...] = Field(
+        (), description="further folders, as SOURCE, SOURCE:DESTINATION or SOURCE:DESTINATION:ro"
     )
     nv: bool = Field(True, description="the host's NVIDIA driver inside (ignored without GPUs)")
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
+        {}, description="variables set inside, whatever the job has set; nothing secret"
+    )
 
 
 class SiteConfig(Section):

@@ -14,10 +14,11 @@ from teams_hpc.storage.atomic import read_json, write_json
 from teams_hpc.storage.run_dir import RunDir
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit this code is from: of its checkout, or of what its image was made from."""
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():  # installed; a repository further up is somebody else's
-        return None
+        return os.environ.get("TEAMS_HPC_REVISION")  # an image says it
     try:
         found = subprocess.run(
             (  # noqa: S607 (whichever git is on PATH)
@@ -51,7 +52,7 @@ def record_provenance(run_dir: RunDir) -> None:
         "host": socket.gethostname(),
         "command": sys.argv[1:],
         "teams_hpc": __version__,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "num_cores": os.cpu_count(),

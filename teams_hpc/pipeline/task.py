@@ -51,8 +51,9 @@ def run_task(name: str, root: Path, index: int) -> None:
     die_with_parent()
     if is_launched_by_mpi() and "SLURM_STEP_ID" not in os.environ:
         die_with_launcher()
+    ranks = read_ranks()  # before anything is touched: this process may be the wrong one
     run_dir, config = open_run(root)
-    stage, ranks = find_stage(config, name), read_ranks()
+    stage = find_stage(config, name)
     index = _own_index(stage, index, ranks)
     task = task_name(stage, index)
     if stage.form == "workers":

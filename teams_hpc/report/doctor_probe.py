@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from teams_hpc.cluster.container import CONTAINER_PYTHON
 from teams_hpc.cluster.inventory import read_partitions
 from teams_hpc.cluster.jobs import JobSpec
 from teams_hpc.cluster.preflight import asked_partitions, option_words
 from teams_hpc.cluster.probe import TOKEN
 from teams_hpc.cluster.slurm import call_slurm
-from teams_hpc.cluster.submit import sbatch_options
+from teams_hpc.cluster.submit import SHELL, sbatch_options
 from teams_hpc.config import Config
 from teams_hpc.errors import ClusterError
 from teams_hpc.report.finding import Finding
@@ -94,7 +95,7 @@ def _probe_words(config: Config, folder: Path) -> list[str]:
         words += ["--scratch", str(config.site.slurm.scratch)]
     container = config.site.container
     if container is not None:
-        words += ["--runtime", container.runtime, "--image", str(container.image)]
+        words += ["--runtime", container.kind, "--image", str(container.image)]
     return words
 
 
@@ -229,7 +230,7 @@ def _container(config: Config, answers: Sequence[Answer]) -> Iterator[Finding]:
     blind = [answer for answer in answers if not answer["image"]]
     dumb = [answer for answer in answers if isinstance(answer.get("container"), str)]
     if without:
-        found = f"no {container.runtime} on {_names(without)}"
+        found = f"no {container.kind} on {_names(without)}"
         remedy = "name its module in site.slurm.modules (modules are not loaded for this probe)"
         what = "container runtime"
         yield Finding(level="note", what=what, found=found, expected=_STARTS, remedy=remedy)
@@ -242,7 +243,7 @@ def _container(config: Config, answers: Sequence[Answer]) -> Iterator[Finding]:
         remedy = "does it hold this package and python3?"
         yield _line("container", False, found, expected=_STARTS, remedy=remedy)
     if not (without or blind or dumb):
-        found = f"{container.runtime} starts {container.image.name}"
+        found = f"{container.kind} starts {container.image.name}"
         yield _line("container", True, found, expected=_STARTS)
 
 
@@ -279,11 +280,14 @@ def _mpi(config: Config, answers: Sequence[Answer], step: Sequence[str]) -> Iter
     if not any("mpi4py" in one for one in _node_packages(config, answers)):
         yield Finding(level="note", what=what, found="not tried: no mpi4py on the nodes")
         return
+    told = dict(config.site.slurm.environment)
     python = [sys.executable]
-    if container is not None:
-        python = [container.runtime, "exec", str(container.image), "python3"]
+    if container is not None:  # entered as tasks enter it
+        told |= {"TEAMS_HPC_IMAGE": str(container.image), "TEAMS_HPC_CONTAINER": container.kind}
+        python = ["sh", str(SHELL / "task.sh"), CONTAINER_PYTHON]
+    words = ["env", *(f"{name}={value}" for name, value in told.items())]
     try:
-        command = (*step, f"--mpi={wanted}", *python, "-c", _MPI_CODE)
+        command = (*step, f"--mpi={wanted}", *words, *python, "-c", _MPI_CODE)
         text = call_slurm(*command, timeout_s=_TIMEOUT_S)
     except ClusterError as error:
         refused = _no_answer(error)

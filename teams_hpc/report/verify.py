@@ -1,7 +1,6 @@
 """Does the run hold what it says? Checksums, balance and plan coverage."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from teams_hpc.config import Config
@@ -10,23 +9,10 @@ from teams_hpc.dataset.balance import check_balance as check_dataset_balance
 from teams_hpc.errors import TeamsError
 from teams_hpc.pipeline.graph import stage_graph
 from teams_hpc.pipeline.inputs import is_done
+from teams_hpc.report.verification import Verification
 from teams_hpc.storage.atomic import read_json
 from teams_hpc.storage.run_dir import RunDir, read_manifest
 from teams_hpc.storage.shards import Table
-
-
-@dataclass(slots=True)
-class Verification:
-    """What was checked and found well, and what was not."""
-
-    checked: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-
-    def add(self, what: str, faults: list[str]) -> None:
-        if faults:
-            self.faults.extend(faults)
-        else:
-            self.checked.append(what)
 
 
 def _file_faults(run_dir: RunDir, stage: str, manifest: dict[str, Any]) -> Iterator[str]:

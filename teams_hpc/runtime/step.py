@@ -184,7 +184,15 @@ def joined_step(ranks: Ranks, *, needs_mpi: bool) -> Iterator[Step]:
             "and this MPI don't speak the same PMI; see `srun --mpi=list`, set site.slurm.mpi, and "
             "let `teams-hpc doctor` try it (in a container: never --cleanenv or --containall)"
         )
-    step = MpiStep(mpi)
+    try:
+        step = MpiStep(mpi)
+    except mpi.Exception as error:
+        raise UsageError(
+            f"this MPI can't share memory between the processes of this step ({error}). Between "
+            "nodes Open MPI 4 needs UCX for that: set OMPI_MCA_osc=ucx, OMPI_MCA_pml_ucx_tls=any "
+            "and OMPI_MCA_pml_ucx_devices=any in site.slurm.environment, or leave site.slurm.mpi "
+            "out"
+        ) from error
     _log.info("MPI joined %d processes", step.size)
     try:
         yield step

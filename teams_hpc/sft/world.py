@@ -82,12 +82,23 @@ def joined_world(ranks: Ranks, device: Device) -> Iterator[World]:
     with naming_failures():
         _meet(ranks, device)
         world = World(ranks=ranks, device=device)
+        _check_all_are_there(world)
         try:
             yield world
         except StopRequested:
             _part(world)
             raise
         _part(world)
+
+
+def _check_all_are_there(world: World) -> None:
+    """Count by a real collective, before anything is computed."""
+    met, ranks = world.sum(1.0, float(world.ranks.rank))
+    if (met, ranks) != (world.size, world.size * (world.size - 1) / 2):
+        raise UsageError(
+            f"{met:.0f} processes met, with ranks that sum to {ranks:.0f}; the launcher started "
+            f"{world.size}: each needs a RANK of its own, and all the same WORLD_SIZE"
+        )
 
 
 def _part(world: World) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,6 +77,34 @@ def test_mpi4py_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with (
         pytest.raises(UsageError, match="extra 'mpi'"),
+        joined_step(Ranks(world_size=2), needs_mpi=True),
+    ):
+        pass
+
+
+def test_an_mpi_without_shared_memory_between_nodes_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Open MPI 4 over plain Ethernet."""
+
+    class Refused(Exception):
+        pass
+
+    class World:
+        size, rank = 2, 0
+
+        def Dup(self) -> "World":
+            return self
+
+    class Window:
+        @staticmethod
+        def Allocate(*_: object, **__: object) -> None:
+            raise Refused("MPI_ERR_WIN: invalid window")
+
+    double = SimpleNamespace(COMM_WORLD=World(), Win=Window, Exception=Refused)
+    monkeypatch.setattr("teams_hpc.runtime.step._initialised_mpi", lambda: double)
+    with (
+        pytest.raises(UsageError, match=r"MPI_ERR_WIN.*OMPI_MCA_osc=ucx"),
         joined_step(Ranks(world_size=2), needs_mpi=True),
     ):
         pass

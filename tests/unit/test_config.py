@@ -238,7 +238,8 @@ def test_every_file_of_a_folder_of_tasks_counts(tmp_path: Path) -> None:
 def test_rows_longer_than_a_folder_s_positions_are_refused_before_anything_starts(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "model.safetensors").touch()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).touch()
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
     config = Config(name="a", run_dir=tmp_path, sft=SftConfig(model=tmp_path, sequence_length=4096))
     (fault,) = input_faults(config)

@@ -118,13 +118,55 @@ def test_one_end_ends_all_where_processes_wait_for_each_other(tmp_path: Path) ->
 
 def test_a_container_is_told_what_to_bind(tmp_path: Path) -> None:
     image = tmp_path / "image.sif"
-    config = load_config(
-        write_config(tmp_path), [f"site.container.image={image}", "site.container.binds=[/data:/d]"]
-    )
-    environment = job_environment(config, RunDir(tmp_path / "r"), job_spec(config, "select", (0,)))
+    words = [f"site.container.image={image}", "site.container.binds=[/data:/d]",
+             "site.container.environment={NCCL_DEBUG: INFO}"]  # fmt: skip
+    environment = environment_of(write_config(tmp_path), tmp_path / "r", *words)
     assert environment["TEAMS_HPC_IMAGE"] == str(image)
-    assert environment["APPTAINER_BIND"] == f"{tmp_path / 'r'},/data:/d"
+    assert environment["APPTAINER_BIND"] == f"{tmp_path / 'r'},/tmp,/data:/d"
+    assert environment["APPTAINERENV_NCCL_DEBUG"] == "INFO"
+    assert environment["APPTAINER_NO_HOME"] == "1"
+    assert environment["TEAMS_HPC_SCRATCH"] == "/tmp"
     assert environment["TEAMS_HPC_TASK_PYTHON"] == "python3"
+    assert "APPTAINER_NV" not in environment  # no GPUs here
+    more = ("site.container.kind=singularity", "site.gpus_per_node=2", "site.slurm.scratch=/local")
+    environment = environment_of(write_config(tmp_path), tmp_path / "r", *words, *more)
+    assert environment["SINGULARITY_NV"] == environment["SINGULARITY_NO_HOME"] == "1"
+    assert environment["SINGULARITY_BIND"] == f"{tmp_path / 'r'},/local,/data:/d"
+    assert environment["SINGULARITYENV_NCCL_DEBUG"] == "INFO"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert not [name for name in environment if name.startswith("APPTAINER")]
+
+
+def environment_of(config: Path, run_dir: Path, *words: str) -> dict[str, str]:
+    """The environment of a job of `select`."""
+    loaded = load_config(config, words)
+    return job_environment(loaded, RunDir(run_dir), job_spec(loaded, "select", (0,)))
+
+
+def test_a_model_folder_of_links_is_bound_with_what_they_lead_to(tmp_path: Path) -> None:
+    """As in the cache of the Hugging Face hub."""
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "1", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    words = ("site.container.image=/i.sif", "instructor.kind=transformers",
+             f"instructor.model={snapshot}", f"seeds.path={tmp_path}/data/s.jsonl")  # fmt: skip
+    environment = environment_of(write_config(tmp_path), tmp_path / "r", *words)
+    expected = (tmp_path / "r", "/tmp", tmp_path / "data", snapshot, blobs)
+    assert environment["APPTAINER_BIND"] == ",".join(map(str, expected))
+
+
+def test_keys_of_a_container_are_checked(tmp_path: Path) -> None:
+    for word, said in (
+        ("runtime=apptainer", r"site.container.runtime: no such key; .* kind"),
+        ("kind=docker", "site.container.kind"),
+        ("binds=[data]", "site.container.binds"),
+        ("environment={'A B': x}", "site.container.environment"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_config(
+                write_config(tmp_path), ["site.container.image=/i.sif", f"site.container.{word}"]
+            )
 
 
 def test_the_task_script_keeps_warnings_waiting(tmp_path: Path) -> None:
@@ -148,15 +190,61 @@ def test_a_fake_container_gets_the_command(tmp_path: Path) -> None:
     apptainer = tmp_path / "apptainer"
     apptainer.write_text('#!/bin/sh\nprintf "%s|" "$@"\n', encoding="utf-8")
     apptainer.chmod(0o755)
-    done = subprocess.run(
+    done = task({"PATH": f"{tmp_path}:{os.environ['PATH']}", "TEAMS_HPC_IMAGE": "/i m.sif"})
+    assert done.stdout == "exec|/i m.sif|python3|-c|a b|"
+
+
+def task(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`task.sh python3 -c 'a b'` with this environment and no other."""
+    return subprocess.run(
         ("sh", str(SHELL / "task.sh"), "python3", "-c", "a b"),
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "TEAMS_HPC_IMAGE": "/i m.sif"},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=60,
-        check=True,
+        check=False,
     )
-    assert done.stdout == "exec|/i m.sif|python3|-c|a b|"
+
+
+@pytest.mark.parametrize("kind", ["apptainer", "singularity"])
+def test_what_a_task_finds_in_its_container(tmp_path: Path, kind: str) -> None:
+    upper, meeting = kind.upper(), tmp_path / "pmix.7.0"
+    meeting.mkdir()
+    (tmp_path / kind).write_text("#!/bin/sh\nenv\n", encoding="utf-8")
+    (tmp_path / kind).chmod(0o755)
+    done = task({
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "TEAMS_HPC_IMAGE": "/i.sif",
+        "TEAMS_HPC_CONTAINER": kind, "TEAMS_HPC_SCRATCH": str(tmp_path), "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NUM_TASKS": "4", f"{upper}_BIND": "/run", "PMIX_SERVER_TMPDIR": str(meeting),
+        "PYTHONPATH": "/host", "HF_HOME": "/home/me/.cache/huggingface",
+    })  # fmt: skip
+    found = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    scratch = tmp_path / "teams-hpc-7"
+    assert scratch.stat().st_mode & 0o777 == 0o700
+    for name in ("TMPDIR", "HF_HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR"):
+        assert Path(found[name]).is_relative_to(scratch)
+    assert found[f"{upper}ENV_TEAMS_HPC_STEP_SIZE"] == "4"
+    assert found[f"{upper}_BIND"] == f"/run,{meeting}"
+    assert "PYTHONPATH" not in found
+
+
+def test_a_task_refuses_what_would_drop_the_launchers_variables(tmp_path: Path) -> None:
+    for name in ("APPTAINER_CLEANENV", "APPTAINER_CONTAINALL", "SINGULARITY_CLEANENV"):
+        done = task({"PATH": os.environ["PATH"], "TEAMS_HPC_IMAGE": "/i.sif", name: "1"})
+        assert done.returncode == 2
+        assert f"unset {name}" in done.stderr
+
+
+def test_a_task_puts_no_caches_where_others_may_write(tmp_path: Path) -> None:
+    """In /tmp somebody else may have made the folder, and programs are loaded from it."""
+    scratch = {"PATH": os.environ["PATH"], "TEAMS_HPC_SCRATCH": str(tmp_path)}
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    (tmp_path / "teams-hpc-8").symlink_to(tmp_path / "theirs")
+    (tmp_path / "teams-hpc-9").mkdir()
+    (tmp_path / "teams-hpc-9").chmod(0o770)
+    for job in ("8", "9"):
+        done = task({**scratch, "SLURM_JOB_ID": job})
+        assert (done.returncode, "not a private folder" in done.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_imports_point_left(path: Path) -> None:
         "import teams_hpc.config",
         "import teams_hpc.pipeline.local",
         "import teams_hpc.report.status",
+        "import teams_hpc.report.verification",
     ],
 )
 def test_a_login_node_needs_no_heavy_package(statement: str) -> None:

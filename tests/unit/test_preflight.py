@@ -16,6 +16,8 @@ from teams_hpc.cluster.jobs import JobSpec, job_spec
 from teams_hpc.cluster.preflight import slurm_faults
 from teams_hpc.cluster.slurm import scheduler_settings
 from teams_hpc.config import Config, load_config
+from teams_hpc.pipeline.submit import submission_faults
+from teams_hpc.storage.run_dir import RunDir
 
 PARTITIONS = """\
 PartitionName=short Default=YES GraceTime=0 MaxNodes=UNLIMITED MaxTime=01:00:00 State=UP \
@@ -266,3 +268,14 @@ def test_a_container_that_is_not_there(slurm: FakeSlurm, make: Make) -> None:
         make("site.container={image: /nowhere/x.sif}", run_dir="a,b"), specs_of(config)
     )
     assert "a,b can't be bound" in comma
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything_is_submitted(make: Make) -> None:
+    """Compute nodes have no way to the hub; in a container neither."""
+    image = "site.container={image: /i.sif}"
+    config = make(
+        "expert.kind=transformers", "expert.model=/no/llama", "sft.model=meta/llama", image
+    )
+    faults = submission_faults(config, RunDir(config.resolved_run_dir))
+    assert [fault.split(": ")[0] for fault in faults][:2] == ["expert.model", "sft.model"]
+    assert faults[0].startswith("expert.model: no model folder /no/llama; download it there")

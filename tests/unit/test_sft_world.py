@@ -41,3 +41,20 @@ def test_several_processes_must_know_where_to_meet(monkeypatch: pytest.MonkeyPat
     ranks = Ranks(rank=0, world_size=2)
     with pytest.raises(UsageError, match="MASTER_ADDR"), world.joined_world(ranks, "cpu"):
         pass
+
+
+class Counted:
+    """What a collective of a world would give."""
+
+    def __init__(self, size: int, *found: float) -> None:
+        self.size, self.ranks, self._found = size, Ranks(rank=0, world_size=size), found
+
+    def sum(self, *_: float) -> list[float]:
+        return list(self._found)
+
+
+def test_a_world_is_counted_before_it_computes() -> None:
+    world._check_all_are_there(Counted(4, 4.0, 6.0))  # type: ignore[arg-type]
+    for found in ((1.0, 0.0), (4.0, 0.0)):  # each alone; all with the same rank
+        with pytest.raises(UsageError, match=f"{found[0]:.0f} processes met, with ranks that sum"):
+            world._check_all_are_there(Counted(4, *found))  # type: ignore[arg-type]
