@@ -30,9 +30,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from teams_hpc.config.policy import PolicyConfig
 from teams_hpc.config.schema import (
     ModelShape,
-    PolicyConfig,
     TemplateEngineConfig,
     TransformersEngineConfig,
 )
@@ -40,6 +40,7 @@ from teams_hpc.llm.base import Completion, Engine, Request, Score, ScoreRequest
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.llm.load import load_engine
 from teams_hpc.policy.environment import Episode, World
+from teams_hpc.rewriting.observation import Observer
 from teams_hpc.rewriting.operations import OPERATIONS
 from teams_hpc.rewriting.reviewer import Reviewer
 from teams_hpc.rewriting.seeds import read_seeds
@@ -140,6 +141,7 @@ def steps_per_second(engine: Engine, way: Way, num_episodes: int, length: int, k
         instructor=engine,
         reviewer=Reviewer(engine, way.verdict, ledger),
         ledger=ledger,
+        observer=Observer(kind="features", episode_length=length),
     )
     seeds = read_seeds(None, None).seeds
     episodes = [

@@ -116,7 +116,7 @@ def _done(run_dir: RunDir, task: str) -> object:
 def stage_tasks(run_dir: RunDir, config: Config, stage: Stage) -> list[Task]:
     """The processes of one stage on this machine."""
     counts = {
-        "members": config.policy.num_members,
+        "members": config.policy.num_tasks,
         "workers": config.site.num_workers,
         "ranks": config.site.num_sft_ranks,
         "one": 1,

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from teams_hpc.config.schema import PolicyConfig
+from teams_hpc.config.policy import PolicyConfig
 from teams_hpc.llm.base import Completion, Request, Score, ScoreRequest
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.policy.environment import World
 from teams_hpc.policy.learner import Learner
 from teams_hpc.policy.vec_env import RewritingVecEnv
-from teams_hpc.rewriting.observation import History, observation_size
+from teams_hpc.rewriting.observation import History, Observer, observation_size
 from teams_hpc.rewriting.operations import OPERATIONS
 from teams_hpc.rewriting.reviewer import Reviewer
 from teams_hpc.rewriting.seeds import Seed
@@ -72,7 +72,13 @@ def learner_of(
     torch.set_num_threads(1)
     engine, ledger = Bandit(pays), Ledger()
     reviewer = Reviewer(engine, "likelihood", ledger)  # type: ignore[arg-type]
-    world = World(settings=settings, instructor=engine, reviewer=reviewer, ledger=ledger)  # type: ignore[arg-type]
+    world = World(
+        settings=settings,
+        instructor=engine,  # type: ignore[arg-type]
+        reviewer=reviewer,
+        ledger=ledger,
+        observer=Observer(kind=settings.observation, episode_length=settings.episode_length),
+    )
     return Learner(RewritingVecEnv(world, SEEDS), settings, (11, "test", member))
 
 
