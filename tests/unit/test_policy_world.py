@@ -140,7 +140,7 @@ def test_garbage_earns_nothing_and_the_parent_stays(
     assert sum(engine.scored) == 0
 
 
-def test_going_back_and_forth_between_two_texts_earns_nothing() -> None:
+def test_going_back_and_forth_between_two_texts_earns_the_new_one_once() -> None:
     other = "Describe how the tides shape a harbour town in winter."
 
     def swing(request: Request) -> str:
