@@ -154,7 +154,8 @@ def _rates(
 ) -> dict[str, Any]:
     """Kept rows for 100 expert calls, and shares of steps by what became of them."""
     found = [reasons for side in sides for reasons in side.reasons.values()]
-    reasons = sorted({reason for some in found for reason in some})
+    occurring = {reason for some in found for reason in some}
+    reasons = [str(reason) for reason in REASONS if str(reason) in occurring]
     counts = {
         (place, name): np.array(
             [sum(side.count(chain, name) for chain in chains) for chains in by_seed], np.float64
@@ -184,19 +185,24 @@ def _rates(
     }
 
 
-def _measure(values: Sequence[float], draws: Sequence[Floats]) -> dict[str, Any]:
-    """Both sides and their difference, with intervals from draws of each."""
-    difference = values[0] - values[1]
-    return {
-        "ours": _interval(values[0], draws[0]),
-        "other": _interval(values[1], draws[1]),
-        "difference": _interval(difference, draws[0] - draws[1]),
-    }
+def _measure(
+    values: Sequence[float], draws: Sequence[Floats], *, are_halves: bool = False
+) -> dict[str, Any]:
+    """Both sides and their difference, with intervals from draws of each.
 
-
-def _interval(value: float, draws: Floats) -> dict[str, float]:
-    low, high = np.quantile(draws - draws.mean(), _TAIL)
-    return {"value": float(value), "low": float(value + low), "high": float(value + high)}
+    Halves have another mean than the whole (fewer texts are more distinct): only their spread
+    counts.
+    """
+    found = {}
+    for name, value, some in (
+        ("ours", values[0], draws[0]),
+        ("other", values[1], draws[1]),
+        ("difference", values[0] - values[1], draws[0] - draws[1]),
+    ):
+        shift = float(value - some.mean()) if are_halves else 0.0
+        low, high = np.quantile(some, _TAIL) + shift
+        found[name] = {"value": float(value), "low": float(low), "high": float(high)}
+    return found
 
 
 class _Texts:
@@ -295,6 +301,7 @@ def _diversity(
         name: _measure(
             [side[name] for side in whole],
             [np.array([half[place][name] for half in halves]) for place in range(2)],
+            are_halves=True,
         )
         for name in whole[0]
     }

@@ -132,9 +132,7 @@ def test_another_instructor_is_refused(
     other = tmp_path / "other"
     shutil.copytree(tiny_llama_chat, other)
     (other / "generation_config.json").write_text('{"eos_token_id": 1, "max_length": 99}')
-    with pytest.raises(
-        InputChangedError, match=r"through the model .* but instructor\.model "
-    ):
+    with pytest.raises(InputChangedError, match=r"through the model .* but instructor\.model "):
         generated(selected, tmp_path / "a", other)
     run_dir, config = make_run(tmp_path / "b", tiny_llama_chat)
     run_dir.selected_policy.parent.mkdir()
