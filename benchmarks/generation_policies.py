@@ -3,12 +3,12 @@
     python benchmarks/generation_policies.py --folder FOLDER [--trajectories 2] [--steps 4]
 
 FOLDER is what benchmarks/policy_ablation.py left: a run whose policy was trained and selected with
-the pocket Llama as instructor and reviewer. Here the pocket Llama is the expert too. Two generations
-over all seeds, alike but for `generate.policy`: `learned` in FOLDER itself, `uniform` in
-FOLDER-uniform. They are compared as `teams-hpc report --against` does it (evaluation/comparison.py):
-kept rows for each hundred expert calls, what became of the steps, and the diversity of kept
-instructions that equally many expert calls made, with 95 % intervals over seeds. Seeds the policy
-was trained on are among them, as in every run; `--split policy_report` would leave too few.
+the pocket Llama as instructor and reviewer. Here the pocket Llama is the expert too. Two
+generations over all seeds, alike but for `generate.policy`: `learned` in FOLDER itself, `uniform`
+in FOLDER-uniform. They are compared as `teams-hpc report --against` does it: kept rows for each
+hundred expert calls, what became of the steps, and the diversity of kept instructions that equally
+many expert calls made, with 95 % intervals over seeds. Seeds that the policy was trained on are
+among them, as in every run.
 
 Writes JSON to benchmarks/results/, and FOLDER's report shows the comparison.
 """

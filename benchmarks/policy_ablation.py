@@ -31,7 +31,13 @@ from teams_hpc.config import Config
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.policy.rollout import Evaluation, evaluate_policy
 from teams_hpc.policy.setting import build_world, loaded_engines, make_observer, seeds_by_split
-from teams_hpc.rewriting.operation_policy import MlpPolicy, RoundRobinPolicy, UniformPolicy
+from teams_hpc.rewriting.observation import Observer
+from teams_hpc.rewriting.operation_policy import (
+    MlpPolicy,
+    OperationPolicy,
+    RoundRobinPolicy,
+    UniformPolicy,
+)
 from teams_hpc.runtime.metrics import read_metrics
 from teams_hpc.storage.atomic import read_json, write_json
 from teams_hpc.storage.run_dir import RunDir
@@ -58,27 +64,25 @@ def play_all(run_dir: RunDir, config: Config) -> dict[str, Floats]:
     """Mean reward of each report seed: by variant (members, seeds), by baseline (1, seeds)."""
     seeds = seeds_by_split(config)["policy_report"]
     found: dict[str, list[Floats]] = {}
+    baselines = {"uniform": UniformPolicy(), "round_robin": RoundRobinPolicy()}
     with loaded_engines(config) as engines:
-        for index in range(config.policy.num_tasks + 2):
-            is_member = index < config.policy.num_tasks
-            path = run_dir.root / "ablation" / f"{index:03d}.json"
-            plan = config.policy.member(index) if is_member else None
-            name = (
-                plan.variant
-                if plan
-                else ("uniform", "round_robin")[index - config.policy.num_tasks]
-            )
+
+        def play(file: str, name: str, policy: OperationPolicy, observer: Observer | None) -> None:
+            path = run_dir.root / "ablation" / f"{file}.json"
             if not path.exists():
-                print(f"{name} on the report seeds", flush=True)
+                print(f"{file} on the report seeds", flush=True)
                 path.parent.mkdir(exist_ok=True)
-                observer = make_observer(plan.settings, engines[0]) if plan else None
                 world = build_world(config, engines, Ledger(), observer)
-                policy: Any = UniformPolicy() if name == "uniform" else RoundRobinPolicy()
-                if plan:
-                    policy = MlpPolicy.load(run_dir.member(index) / "policy.safetensors")
                 write_json(path, evaluate_policy(world, policy, seeds, config.seed).to_json())
-            evaluation = Evaluation.from_json(read_json(path))
-            found.setdefault(name, []).append(evaluation.by_seed())
+            found.setdefault(name, []).append(Evaluation.from_json(read_json(path)).by_seed())
+
+        for index in range(config.policy.num_tasks):
+            plan = config.policy.member(index)
+            policy = MlpPolicy.load(run_dir.member(index) / "policy.safetensors")
+            observer = make_observer(plan.settings, engines[0])
+            play(f"member-{index:03d}", plan.variant, policy, observer)
+        for name, baseline in baselines.items():
+            play(name, name, baseline, None)
     return {name: np.stack(rows) for name, rows in found.items()}
 
 
