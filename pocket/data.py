@@ -25,9 +25,9 @@ EXAMPLES_SCHEMA = 1
 """Raise it when other examples come out."""
 
 _NUM_TOKENIZER_CHAINS = 6000
-_NUM_HELD_OUT = 400
+_NUM_HELD_OUT_ROWS = 64
 _HELD_OUT_SEED = 1 << 40
-_AT_A_TIME = 2000
+_AT_A_TIME = 200
 _log = logging.getLogger(__name__)
 
 
@@ -65,7 +65,7 @@ def build_data(run_dir: RunDir, config: Config) -> None:
             tokenizer,
             _chains(_HELD_OUT_SEED, held_out=True),
             sft.sequence_length,
-            _NUM_HELD_OUT // 3,
+            _NUM_HELD_OUT_ROWS,
         ),
     }
     attrs = {"vocab_size": len(tokenizer), "sequence_length": sft.sequence_length,

@@ -20,9 +20,10 @@ from teams_hpc.rewriting.operations import (
 from teams_hpc.rewriting.reviewer import OPTIONS, Pair, verdict_messages
 
 _MOST_STEPS = 6
-_P_FRUITFUL = 0.55
+_P_FRUITFUL = 0.5
+_P_BREADTH = 0.2
 _P_KEEP_POINTLESS = 0.5
-_P_REWRITE, _P_VERDICT, _P_ANSWER = 0.9, 0.4, 0.15
+_P_REWRITE, _P_VERDICT, _P_ANSWER = 0.9, 0.45, 0.12
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,8 @@ def make_examples(seed: int, *, held_out: bool = False) -> Iterator[Example]:
 
 def _choose(rng: random.Random, instruction: str) -> Operation:
     fruitful = [each for each in OPERATIONS if is_fruitful(str(each), instruction)]
+    if Operation.BREADTH in fruitful and rng.random() < _P_BREADTH:
+        return Operation.BREADTH
     return rng.choice(fruitful if fruitful and rng.random() < _P_FRUITFUL else OPERATIONS)
 
 

@@ -4,13 +4,23 @@ import random
 from dataclasses import dataclass
 
 from pocket import frames
-from pocket.words import ADJECTIVE_LIST, LANGUAGES, NAMES, NOUNS, UNITS, invented
+from pocket.words import (
+    ADJECTIVE_LIST,
+    LANGUAGES,
+    NAMES,
+    NOUNS,
+    OPENERS,
+    PLAIN_WORDS,
+    UNITS,
+    invented,
+)
 from teams_hpc.llm.grammar.slots import WORDS
 from teams_hpc.llm.grammar.subjects import DOMAINS, FRAMES, SUBJECTS
 from teams_hpc.llm.grammar.slots import Draws, Slots
 
 _P_INPUT = 0.22
-_P_OWN_FRAME = 0.15
+_P_OWN_FRAME = 0.12
+_P_WILD = 0.4
 _P_INVENTED = 0.22
 
 
@@ -103,6 +113,8 @@ def make_text(rng: random.Random, *, held_out: bool = False) -> Text:
     if not held_out and rng.random() < _P_OWN_FRAME:
         return Text(_of_the_grammar(rng))
     filler = _Filler(rng, held_out)
+    if rng.random() < _P_WILD:
+        return Text(_wild(rng, filler), _input(rng, filler))
     kind = rng.choice(tuple(frames.INSTRUCTIONS))
     text = rng.choice(frames.INSTRUCTIONS[kind])
     if rng.random() < 0.4:
@@ -115,8 +127,46 @@ def make_text(rng: random.Random, *, held_out: bool = False) -> Text:
     text = text[:1].upper() + text[1:]
     if rng.random() < 0.04:
         text = text.rstrip(".")
-    has_input = rng.random() < _P_INPUT
-    return Text(text, rng.choice(frames.INPUTS).format_map(filler) if has_input else "")
+    return Text(text, _input(rng, filler))
+
+
+def _input(rng: random.Random, filler: _Filler) -> str:
+    """Seldom any."""
+    if rng.random() >= _P_INPUT:
+        return ""
+    if rng.random() < 0.3:
+        return _wild(rng, filler)
+    return rng.choice(frames.INPUTS).format_map(filler)
+
+
+def _wild(rng: random.Random, filler: _Filler) -> str:
+    """Words in no order that means anything, with the marks of real texts.
+
+    What comes next can't be guessed here, so that a model must learn to copy; and a kind shows in
+    single words alone.
+    """
+    words = []
+    for _ in range(rng.choice((4, 6, 8, 10, 12, 15, 18, 22, 30))):
+        words.append(_wild_word(rng, filler))
+        if rng.random() < 0.07:
+            words[-1] += rng.choice((",", ",", ":", ".", "?", ";", " -", "!"))
+    if rng.random() < 0.6:
+        words[min(len(words) - 1, rng.choice((0, 0, 0, 1, 2, 4, 6)))] = rng.choice(OPENERS)
+    if rng.random() < 0.15:
+        place = rng.randrange(len(words))
+        quote = rng.choice(("''", '""', "()", "``"))
+        words[place:] = [quote[0] + " ".join(words[place:]) + quote[1]]
+    text = " ".join(words)
+    return text[:1].upper() + text[1:] + rng.choice((".", ".", ".", "?", "?", ""))
+
+
+def _wild_word(rng: random.Random, filler: _Filler) -> str:
+    chance = rng.random()
+    if chance < 0.5:
+        return rng.choice(PLAIN_WORDS)
+    slot = rng.choices(("w", "inv", "adj", "name", "num", "n"), (10, 6, 6, 2, 3, 2))[0]
+    filler.pop(slot, None)  # each time another
+    return filler[slot]
 
 
 def odd_clause(rng: random.Random, *, held_out: bool = False) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import random
 
 from teams_hpc.llm.grammar.subjects import DOMAIN_OF_WORD, SUBJECTS
-from teams_hpc.llm.grammar.words import ADJECTIVES, BREAKS
+from teams_hpc.llm.grammar.words import ADJECTIVES, BREAKS, CODE_WORDS, FAMILIES
 
 HELD_OUT_PER_MILLE = 150
 
@@ -106,8 +106,15 @@ _SYLLABLES = (
 _ENDINGS = "n r l s t m ck nd sh th x rt ng ment tion ness ium ism ity ology let ling ard ette ide".split()
 
 
+_OF_THE_GRAMMAR = frozenset(DOMAIN_OF_WORD) | frozenset(
+    subject for subjects in SUBJECTS.values() for subject in subjects
+)
+
+
 def is_held_out(word: str) -> bool:
-    """Whether a word is kept from training."""
+    """Whether a word is kept from training; what tells the grammar's domains apart never is."""
+    if word in _OF_THE_GRAMMAR:
+        return False
     digest = hashlib.blake2b(word.lower().encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") % 1000 < HELD_OUT_PER_MILLE
 
@@ -120,6 +127,7 @@ def _all_nouns() -> list[str]:
 
 
 _ALL = _all_nouns()
+_PIECES = tuple(word for word in (*_ALL, *sorted(BREAKS)) if word.isalpha() and len(word) > 3)
 NOUNS = {
     False: [word for word in _ALL if not is_held_out(word)],
     True: [word for word in _ALL if is_held_out(word)],
@@ -127,10 +135,21 @@ NOUNS = {
 """By whether they are held out."""
 
 
+OPENERS = (*" ".join(FAMILIES.values()).split(), *sorted(CODE_WORDS))
+"""Words that tell the kind of an instruction."""
+
+PLAIN_WORDS = tuple(sorted(BREAKS))
+"""Function words and forms of verbs."""
+
+
 def invented(rng: random.Random, held_out: bool) -> str:
     """A pronounceable word that (almost surely) no language has; held out or not by its hash."""
     while True:
-        word = "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((1, 2, 2, 3))))
-        word += rng.choice(_ENDINGS)
+        if rng.random() < 0.5:
+            word = "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((1, 2, 2, 3))))
+            word += rng.choice(_ENDINGS)
+        else:
+            first, second = rng.choice(_PIECES), rng.choice(_PIECES)
+            word = first[: rng.randint(2, 5)] + second[-rng.randint(2, 6) :]
         if len(word) > 3 and is_held_out(word) == held_out and word not in BREAKS:
             return word
