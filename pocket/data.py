@@ -7,7 +7,6 @@ that the stage `sft` reads.
 import itertools
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pocket.examples import Example, make_examples
@@ -68,8 +67,11 @@ def build_data(run_dir: RunDir, config: Config) -> None:
             _NUM_HELD_OUT_ROWS,
         ),
     }
-    attrs = {"vocab_size": len(tokenizer), "sequence_length": sft.sequence_length,
-             "template": "chat"}
+    attrs = {
+        "vocab_size": len(tokenizer),
+        "sequence_length": sft.sequence_length,
+        "template": "chat",
+    }
     packing = write_packed(run_dir.packed_rows, collectors, tokenizer.pad_token_id, attrs)
     write_manifest(run_dir, "dataset", _manifest(run_dir, packing))
 

@@ -49,9 +49,7 @@ def verdict_example(pair: Pair) -> Example:
 def answer_example(text: Text, rng: random.Random) -> Example:
     """The expert's."""
     request = answer_request(text.instruction, text.input, request_id="", seed=0)
-    return Example(
-        request.messages[0].content, short_answer(text.instruction, rng.getrandbits(62))
-    )
+    return Example(request.messages[0].content, short_answer(text.instruction, rng.getrandbits(62)))
 
 
 def short_answer(instruction: str, seed: int) -> str:

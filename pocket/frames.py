@@ -1,8 +1,8 @@
 """Frames of instructions and of the inputs that belong to some. Tables only.
 
-Slots: `{n}` a noun phrase without and `{N}` one with a determiner, `{w}` one noun, `{adj}`, `{name}`,
-`{person}`, `{place}`, `{num}`, `{few}`, `{unit}`, `{lang}`, `{aspect}`; a digit after the name makes
-another of the same sort. What kind of instruction comes out is for the grammar to say.
+Slots: `{n}` a noun phrase without and `{N}` one with a determiner, `{w}` one noun, `{adj}`,
+`{name}`, `{person}`, `{place}`, `{num}`, `{few}`, `{unit}`, `{lang}`, `{aspect}`; a digit after the
+name makes another of the same sort. What kind comes out is for the grammar to say.
 """
 
 INSTRUCTIONS = {
@@ -207,8 +207,8 @@ INPUTS = (
     "{name},{num},{place}\n{name2},{num2},{place2}",
     "def {w}({w2}):\n    return {w2} + {num}",
     "The {adj} {w} of {place} closes in {num} minutes. All {w2} must leave through {N}.",
-    "In {place}, {num} {w} were counted last year, {num2} fewer than before. Experts blame {n}, while"
-    " {person} points to {N}. Nobody has asked {name}.",
+    "In {place}, {num} {w} were counted last year, {num2} fewer than before. Experts blame {n}, "
+    "while {person} points to {N}. Nobody has asked {name}.",
     "{inv} {inv2} {inv3} {inv4}.",
     "https://{w}.example/{w2}/{num}",
 )
@@ -216,11 +216,23 @@ PREPOSITIONS = "with for against under near after like beyond through".split()
 AUXILIARIES = "can could should would must may did might will".split()
 VERBS = (
     "improve repair use measure replace protect follow survive change carry find understand open "
-    "clean avoid prepare grow float spread freeze save attract break describe sell teach visit paint "
-    "cross store lift heat trust remember build stop".split()
+    "clean avoid prepare grow float spread freeze save attract break describe sell teach visit "
+    "paint cross store lift heat trust remember build stop".split()
 )
 THIRD_PERSON = "sorts counts groups filters checks merges prints removes doubles reads".split()
-DETERMINERS = ("the", "the", "the", "a", "this", "my", "our", "their", "every", "the old", "the new")
+DETERMINERS = (
+    "the",
+    "the",
+    "the",
+    "a",
+    "this",
+    "my",
+    "our",
+    "their",
+    "every",
+    "the old",
+    "the new",
+)
 ODD_CLAUSES = (
     "Mention {N} as well.",
     "Include {n} and {n2}.",

@@ -14,9 +14,8 @@ from pocket.words import (
     UNITS,
     invented,
 )
-from teams_hpc.llm.grammar.slots import WORDS
+from teams_hpc.llm.grammar.slots import WORDS, Draws, Slots
 from teams_hpc.llm.grammar.subjects import DOMAINS, FRAMES, SUBJECTS
-from teams_hpc.llm.grammar.slots import Draws, Slots
 
 _P_INPUT = 0.22
 _P_OWN_FRAME = 0.12

@@ -1,12 +1,13 @@
-"""How good a pocket model is, on topics it never saw and on the shipped seeds; the grammar is truth.
+"""How good a pocket model is, on unseen topics and on the shipped seeds; the grammar is truth.
 
-    python -m pocket.measure [FOLDER] [--size N] [--output FILE]
+python -m pocket.measure [FOLDER] [--size N] [--output FILE]
 """
 
 import argparse
 import itertools
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,13 @@ def ask_rewrites(
 ) -> list[Asked]:
     """Ask for rewrites, and the same engine for their verdicts."""
     requests = [
-        rewrite_request(operation, text.instruction, text.input, request_id=str(number),
-                        seed=hash_seed(tag, number))
+        rewrite_request(
+            operation,
+            text.instruction,
+            text.input,
+            request_id=str(number),
+            seed=hash_seed(tag, number),
+        )
         for number, (operation, text) in enumerate(work)
     ]
     completions = complete_all(engine, requests)
@@ -122,8 +128,12 @@ def ask_rewrites(
     verdicts = judge(
         engine,
         [
-            Pair(before=text.instruction, before_input=text.input, after=reply,
-                 after_input=carried_input(operation, text.input))
+            Pair(
+                before=text.instruction,
+                before_input=text.input,
+                after=reply,
+                after_input=carried_input(operation, text.input),
+            )
             for (operation, text), reply in zip(work, replies, strict=True)
         ],
     )
@@ -147,7 +157,9 @@ def hash_seed(tag: str, number: int) -> int:
 
 def judge(engine: Engine, pairs: Sequence[Pair]) -> list[float]:
     """P(Not Equal) by likelihood."""
-    return [verdict.p_not_equal for verdict in Reviewer(engine, "likelihood", Ledger()).judge(pairs)]
+    return [
+        verdict.p_not_equal for verdict in Reviewer(engine, "likelihood", Ledger()).judge(pairs)
+    ]
 
 
 def measure_verdicts(engine: Engine, pairs: Sequence[Pair]) -> dict[str, float]:
@@ -169,7 +181,9 @@ def unseen_pairs(count: int) -> list[Pair]:
         rng = random.Random(_FIRST_SEED - number)
         operation = rng.choice(OPERATIONS)
         after = rewrite(operation, text.instruction, rng.getrandbits(62))
-        pairs.append(make_pair(rng, text, Text(after, carried_input(operation, text.input)), held_out=True))
+        pairs.append(
+            make_pair(rng, text, Text(after, carried_input(operation, text.input)), held_out=True)
+        )
     return pairs
 
 
@@ -179,8 +193,11 @@ def summarise(asked: Sequence[Asked]) -> dict[str, Any]:
     pointless = [each for each in asked if not each.is_fruitful]
     by_operation = {
         str(operation): _share(
-            [each.reason is Reason.NONE and each.is_recognised for each in fruitful
-             if each.operation is operation]
+            [
+                each.reason is Reason.NONE and each.is_recognised
+                for each in fruitful
+                if each.operation is operation
+            ]
         )
         for operation in OPERATIONS
     }
@@ -195,8 +212,12 @@ def summarise(asked: Sequence[Asked]) -> dict[str, Any]:
             [each.is_faithful for each in fruitful if each.operation is not Operation.BREADTH]
         ),
         "adds_10_to_20_words": _share(
-            [kept for each in fruitful
-             if (kept := keeps_length_rule(each.operation, each.parent.instruction, each.reply)) is not None]
+            [
+                kept
+                for each in fruitful
+                if (kept := keeps_length_rule(each.operation, each.parent.instruction, each.reply))
+                is not None
+            ]
         ),
         "pointless": len(pointless),
         "pointless_called_equal": _share([each.p_not_equal < _THRESHOLD for each in pointless]),
@@ -237,25 +258,36 @@ def measure_chains(engine: Engine, texts: Sequence[Text], steps: int = 6) -> dic
 def measure_answers(engine: Engine, texts: Sequence[Text]) -> dict[str, Any]:
     """Rules 2 and 3, the length, and whether the answer speaks of the instruction."""
     requests = [
-        answer_request(text.instruction, text.input, request_id=str(number), seed=hash_seed("a", number))
+        answer_request(
+            text.instruction, text.input, request_id=str(number), seed=hash_seed("a", number)
+        )
         for number, text in enumerate(texts)
     ]
     completions = complete_all(engine, requests)
     return {
         "answers": len(texts),
         "pass_rules_2_and_3": _share(
-            [check_answer(each) is Reason.NONE and each.finish_reason == "stop" for each in completions]
+            [
+                check_answer(each) is Reason.NONE and each.finish_reason == "stop"
+                for each in completions
+            ]
         ),
         "tokens": round(float(np.mean([each.completion_tokens for each in completions])), 1),
         "shares_a_long_word": _share(
-            [bool(_long_words(text.instruction) & _long_words(each.text))
-             for text, each in zip(texts, completions, strict=True)]
+            [
+                bool(_long_words(text.instruction) & _long_words(each.text))
+                for text, each in zip(texts, completions, strict=True)
+            ]
         ),
     }
 
 
 def _long_words(text: str) -> set[str]:
-    return {word for word in "".join(c if c.isalpha() else " " for c in text.lower()).split() if len(word) > 4}
+    return {
+        word
+        for word in "".join(c if c.isalpha() else " " for c in text.lower()).split()
+        if len(word) > 4
+    }
 
 
 def measure(folder: Path, size: int) -> dict[str, Any]:
@@ -282,7 +314,7 @@ def main() -> None:
     text = json.dumps(measure(arguments.folder, arguments.size), indent=1)
     if arguments.output:
         arguments.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,7 @@ def fixed_parts() -> list[str]:
         for given in ("", _SECOND)
     ]
     prompts.append(verdict_messages(Pair(before=_FIRST, after=_SECOND))[0].content)
-    parts = (
-        part for prompt in prompts for part in prompt.replace(_SECOND, _FIRST).split(_FIRST)
-    )
+    parts = (part for prompt in prompts for part in prompt.replace(_SECOND, _FIRST).split(_FIRST))
     return list(dict.fromkeys(part for part in parts if part))
 
 
