@@ -49,13 +49,19 @@ def run_pipeline(
     with prepared_run(config, stop=stop, rerun_from=rerun_from) as run_dir:
         begin_retry(run_dir, config)
         for stage in stage_graph(config):
-            _run_stage(run_dir, config, stage, observer, stop)
+            run_stage(run_dir, config, stage, observer, stop)
     return run_dir
 
 
-def _run_stage(
+def run_stage(
     run_dir: RunDir, config: Config, stage: Stage, observer: Observer, stop: StopFlag
 ) -> None:
+    """One stage of a run that is ready for it, unless it is done.
+
+    Raises:
+        WorkError: It failed.
+        StopRequested: Asked to stop; every process has reached a safe point.
+    """
     prepare_stage(run_dir, config, stage)
     if is_done(run_dir, config, stage):
         observer.stage_skipped(stage)
