@@ -273,12 +273,22 @@ def cancel(run_dir: RunFolder) -> None:
 
 
 @app.command()
-def report(run_dir: RunFolder) -> None:
+def report(
+    run_dir: RunFolder,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="run directory that differs in generate.policy alone: compare the generations"
+        ),
+    ] = None,
+) -> None:
     """Write report/report.html again, from what there is now; one self-contained file."""
     from teams_hpc.pipeline.start import open_run
-    from teams_hpc.report.html import rewrite_report
+    from teams_hpc.report.html import compare_with, rewrite_report
 
     opened, config = open_run(run_dir)
+    if against is not None:
+        compare_with(opened, config, open_run(against)[0])
     print(rewrite_report(opened, config))
 
 

@@ -51,7 +51,7 @@ def run_pipeline(
     with prepared_run(config, stop=stop, rerun_from=rerun_from) as run_dir:
         begin_retry(run_dir, config)
         for stage in stage_graph(config):
-            _run_stage(run_dir, config, stage, observer, stop)
+            run_stage(run_dir, config, stage, observer, stop)
     return run_dir
 
 
@@ -68,9 +68,15 @@ def _refuse_beside_jobs(run_dir: RunDir) -> None:
         )
 
 
-def _run_stage(
+def run_stage(
     run_dir: RunDir, config: Config, stage: Stage, observer: Observer, stop: StopFlag
 ) -> None:
+    """One stage of a run that is ready for it, unless it is done.
+
+    Raises:
+        WorkError: It failed.
+        StopRequested: Asked to stop; every process has reached a safe point.
+    """
     prepare_stage(run_dir, config, stage)
     if is_done(run_dir, config, stage):
         observer.stage_skipped(stage)
@@ -131,7 +137,7 @@ def _done(run_dir: RunDir, task: str) -> object:
 def stage_tasks(run_dir: RunDir, config: Config, stage: Stage) -> list[Task]:
     """The processes of one stage on this machine."""
     counts = {
-        "members": config.policy.num_members,
+        "members": config.policy.num_tasks,
         "workers": config.site.num_workers,
         "ranks": config.site.num_sft_ranks,
         "one": 1,

@@ -32,7 +32,7 @@ _QUEUE_PATIENCE_S = 300.0
 
 def all_indices(config: Config, stage: Stage) -> tuple[int, ...]:
     """Index of every task that a stage has on a cluster."""
-    counts = {"members": config.policy.num_members, "workers": config.site.num_workers}
+    counts = {"members": config.policy.num_tasks, "workers": config.site.num_workers}
     return tuple(range(counts.get(stage.form, 1)))
 
 

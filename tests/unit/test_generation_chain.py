@@ -18,6 +18,7 @@ from teams_hpc.generation.plan import ChainKey, Plan, settle_plan
 from teams_hpc.llm.base import Completion
 from teams_hpc.rewriting.elimination import REASONS
 from teams_hpc.rewriting.identity import record_id
+from teams_hpc.rewriting.observation import Observer
 from teams_hpc.rewriting.operation_policy import OperationPolicy, RoundRobinPolicy, UniformPolicy
 from teams_hpc.rewriting.operations import OPERATIONS, Operation
 from teams_hpc.rewriting.reviewer import Verdict
@@ -39,8 +40,7 @@ def steering(
         settings=GenerateConfig(policy="uniform", answer=answer, **settings),
         policy=chooser or UniformPolicy(),
         member=-1,
-        observation="one_hot",
-        episode_length=6,
+        observer=Observer(kind="one_hot", episode_length=6),
         expert="m",
     )
 
