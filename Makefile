@@ -9,8 +9,8 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUN = $(VENV)/bin/teams-hpc
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slurm test-chaos test-containers lint types check image sif \
-  bundle benchmark clean
+.PHONY: help setup quickstart pocket-model test test-slurm test-chaos test-containers lint types check \
+  image sif bundle benchmark clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -34,6 +34,9 @@ setup: $(VENV)/.has-compute ## make .venv with all a run needs
 
 quickstart: $(VENV)/.has-compute ## the whole pipeline, small, with real parts
 	$(RUN) run configs/quickstart.yaml
+
+pocket-model: $(VENV)/.has-compute ## make the small Llama that the package ships again (an hour; resumes)
+	$(VENV)/bin/python -m pocket.make
 
 test: $(VENV)/.has-dev ## pass the tests
 	$(VENV)/bin/python -m pytest -q tests

@@ -306,7 +306,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     warnings.filterwarnings("ignore")
-    results = {}
+    measured_at, ran_on = commit(), machine()
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         endless = make_model(Path(folder) / "endless", arguments, None)
         ending = make_model(Path(folder) / "ending", arguments, arguments.tokens // 2)
@@ -321,9 +322,13 @@ def main() -> None:
     report = {
         "what": "tokens per second (fixed, mixed) and calls per second (evolve)",
         "date": f"{now:%Y-%m-%d}",
-        "commit": commit(),
+        "commit": measured_at,
         "command": ["python", "benchmarks/engine_throughput.py", *sys.argv[1:]],
-        "machine": machine() | {name: version(name) for name in ("torch", "transformers")},
+        "machine": {
+            **ran_on,
+            "load_average_at_the_end": machine()["load_average"],
+            **{name: version(name) for name in ("torch", "transformers")},
+        },
         "peer": f"distilabel {version('distilabel')}" if results["evolve"] else "not installed",
         "settings": vars(arguments) | SAMPLING,
         "results": results,

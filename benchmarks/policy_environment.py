@@ -1,38 +1,37 @@
-"""Environment steps per second: all episodes in one batch, or one prompt at a time.
+"""Environment steps per second: all episodes in one batch, or as the published loop does it.
 
-    python benchmarks/policy_environment.py [--engines template,llama] [--repeats 5]
+    python benchmarks/policy_environment.py [--engines template,pocket] [--repeats 5]
 
-One step is one rewrite by the instructor and one verdict by the reviewer. Three ways are timed over
-the same episodes with the same operations:
+One step is one rewrite by the instructor and one verdict by the reviewer. Timed over the same
+episodes with the same operations:
 
-- batched: `policy.num_envs` episodes together, verdicts by likelihood (what training does);
+- batched: `--num-envs` episodes together, verdicts by likelihood (what training does);
 - one at a time: the same calls, a prompt after the other;
-- published way: one at a time with generated verdicts, as the published loop does it.
+- published way: one prompt at a time with generated verdicts, by this suite's engine;
+- published way, generate(): the same by transformers' own `generate`, as a script would do it.
 
-`template` is the grammar, which gains nothing from a batch; `llama` is a small random Llama on the
-CPU through the transformers engine, where batching counts. Prints a table and writes JSON to
-benchmarks/results/.
+`template` is the grammar, which gains nothing from a batch; `pocket` the Llama that comes with
+the package; `llama` a random one. Models run on the CPU in float32, on one thread, so that the CPU
+seconds of this process, which are told too, don't depend on what else the machine does.
+
+Of whole iterations of policy training with the same models it tells how much is not the world's:
+policy network, advantages, TRPO and critic. Prints tables and writes JSON to benchmarks/results/.
 """
 
 import argparse
-import importlib.util
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from records import write_record
+
+from teams_hpc.config.policy import PolicyConfig
 from teams_hpc.config.schema import (
     ModelShape,
-    PolicyConfig,
     TemplateEngineConfig,
     TransformersEngineConfig,
 )
@@ -40,11 +39,16 @@ from teams_hpc.llm.base import Completion, Engine, Request, Score, ScoreRequest
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.llm.load import load_engine
 from teams_hpc.policy.environment import Episode, World
+from teams_hpc.policy.learner import Learner
+from teams_hpc.policy.vec_env import RewritingVecEnv
+from teams_hpc.rewriting.observation import Observer
 from teams_hpc.rewriting.operations import OPERATIONS
 from teams_hpc.rewriting.reviewer import Reviewer
 from teams_hpc.rewriting.seeds import read_seeds
 
-RESULTS = Path(__file__).parent / "results"
+POCKET = Path(__file__).parents[1] / "teams_hpc" / "data" / "pocket-llama"
+_FEWEST_JUDGED = 0.8
+_STEPS_A_WAY_ONE_BY_ONE = 8
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,14 @@ class Way:
     name: str
     verdict: Literal["likelihood", "generated"]
     is_batched: bool
+    by_generate: bool = False
 
 
 WAYS = (
     Way("batched", "likelihood", True),
     Way("one at a time", "likelihood", False),
     Way("published way", "generated", False),
+    Way("published way, generate()", "generated", False, by_generate=True),
 )
 
 
@@ -116,19 +122,113 @@ def random_llama(folder: Path, threads: int) -> TransformersEngineConfig:
     )
 
 
-def engines(names: Sequence[str], folder: Path, threads: int) -> Iterator[tuple[str, Engine]]:
-    """The engines asked for that are there."""
-    if "template" in names:
-        yield "template", load_engine(TemplateEngineConfig())
-    if "llama" not in names:
-        return
-    if importlib.util.find_spec("teams_hpc.llm.transformers_engine") is None:
-        print("llama: left out, there is no transformers engine here", file=sys.stderr)
-        return
-    yield "llama", Finishing(load_engine(random_llama(folder, threads)))
+@dataclass
+class Generate:
+    """A model through transformers' own `generate`, one prompt after the other."""
+
+    config: TransformersEngineConfig
+    content_id: str = "generate"
+    exactness: str = "statistical"
+    is_model: bool = True
+    _pending: list[Request] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(self.config.model)
+        self._model = AutoModelForCausalLM.from_pretrained(self.config.model, dtype=torch.float32)
+        self._model.eval()
+
+    @property
+    def num_pending(self) -> int:
+        return len(self._pending)
+
+    def add(self, request: Request) -> None:
+        self._pending.append(request)
+
+    def step(self) -> list[Completion]:
+        pending, self._pending = self._pending, []
+        return [self._complete(request) for request in pending]
+
+    def _complete(self, request: Request) -> Completion:
+        import torch
+
+        turns = [{"role": one.role, "content": one.content} for one in request.messages]
+        text = self._tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+        inputs = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        with torch.inference_mode():
+            output = self._model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                do_sample=True,
+                temperature=self.config.temperature,
+                top_p=self.config.top_p,
+                max_new_tokens=self.config.max_tokens,
+                pad_token_id=self._tokenizer.pad_token_id,
+            )
+        reply = output[0, length:]
+        return Completion(
+            id=request.id,
+            text=self._tokenizer.decode(reply, skip_special_tokens=True),
+            finish_reason="length" if len(reply) == self.config.max_tokens else "stop",
+            prompt_tokens=length,
+            completion_tokens=len(reply),
+        )
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing to free."""
 
 
-def steps_per_second(engine: Engine, way: Way, num_episodes: int, length: int, key: int) -> float:
+@dataclass(frozen=True)
+class Candidate:
+    """An engine, and the same model by `generate` where it is one."""
+
+    engine: Engine
+    by_generate: Generate | None = None
+
+    def of(self, way: Way) -> Engine | None:
+        found: Any = self.by_generate if way.by_generate else self.engine
+        return found  # type: ignore[no-any-return]
+
+
+def candidates(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Candidate]]:
+    """The engines asked for."""
+    for name in arguments.engines.split(","):
+        if name == "template":
+            yield name, Candidate(load_engine(TemplateEngineConfig()))
+            continue
+        if name == "llama":
+            config = random_llama(folder, arguments.threads)
+            yield name, Candidate(Finishing(load_engine(config)))
+            continue
+        config = TransformersEngineConfig(
+            model=arguments.model,
+            dtype="float32",
+            device="cpu",
+            batching="fixed",
+            batch_size=arguments.batch_size,
+            max_tokens=160,
+            threads=arguments.threads,
+        )
+        yield name, Candidate(load_engine(config), Generate(config))
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Steps per second of the clock and of this process's CPU."""
+
+    wall: float
+    cpu: float
+
+
+def steps_per_second(engine: Engine, way: Way, num_episodes: int, length: int, key: int) -> Rate:
     """Play `num_episodes` episodes of `length` steps and time the steps.
 
     Raises:
@@ -140,14 +240,15 @@ def steps_per_second(engine: Engine, way: Way, num_episodes: int, length: int, k
         instructor=engine,
         reviewer=Reviewer(engine, way.verdict, ledger),
         ledger=ledger,
+        observer=Observer(kind="features", episode_length=length),
     )
     seeds = read_seeds(None, None).seeds
     episodes = [
-        Episode.begin(("benchmark", key, number), seeds[number % len(seeds)])
+        Episode.begin(("benchmark", key, number), seeds[(number + key * 37) % len(seeds)])
         for number in range(num_episodes)
     ]
     batch = num_episodes if way.is_batched else 1
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for step in range(length):
         for first in range(0, num_episodes, batch):
             chosen = episodes[first : first + batch]
@@ -155,103 +256,149 @@ def steps_per_second(engine: Engine, way: Way, num_episodes: int, length: int, k
                 (number + step) % len(OPERATIONS) for number in range(first, first + len(chosen))
             ]
             world.step(chosen, operations)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     judged, num_steps = ledger.total("reviewer").calls, num_episodes * length
-    if judged < 0.9 * num_steps:
+    if judged < _FEWEST_JUDGED * num_steps:
         raise RuntimeError(f"only {judged} of {num_steps} rewrites were judged")
-    return num_steps / seconds
+    return Rate(num_steps / seconds, num_steps / cpu)
 
 
-def measure(engine: Engine, num_envs: int, length: int, repeats: int) -> list[dict[str, Any]]:
-    """Median and spread of each way; ways take turns, so that a busy machine hits all alike."""
-    rates: dict[Way, list[float]] = {way: [] for way in WAYS}
-    for way in WAYS:
-        steps_per_second(engine, way, 2, 1, -1)
-    for repeat in range(repeats):
-        for way in WAYS:
-            rates[way].append(steps_per_second(engine, way, num_envs, length, repeat))
+def measure(candidate: Candidate, num_envs: int, length: int, repeats: int) -> list[dict[str, Any]]:
+    """Median and spread of each way; ways take turns, so that a busy machine hits all alike.
+
+    One at a time a few of the episodes tell the rate as well.
+    """
+    ways = [way for way in WAYS if candidate.of(way) is not None]
+    rates: dict[Way, list[Rate]] = {way: [] for way in ways}
+    for repeat in range(-1, repeats):
+        for way in ways:
+            engine = candidate.of(way)
+            assert engine is not None
+            count = num_envs if way.is_batched else min(num_envs, _STEPS_A_WAY_ONE_BY_ONE)
+            if repeat < 0:
+                steps_per_second(engine, way, 6, 1, 99)
+            else:
+                rates[way].append(steps_per_second(engine, way, count, length, repeat))
     return [
         {
             "way": way.name,
-            "median": statistics.median(found),
-            "lowest": min(found),
-            "highest": max(found),
+            **spread([rate.wall for rate in found]),
+            "per_cpu_second": spread([rate.cpu for rate in found]),
             "repeats": repeats,
         }
         for way, found in rates.items()
     ]
 
 
-def machine() -> dict[str, Any]:
-    """What it ran on; no names of hosts or people."""
-    model = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        model = names[0] if names else model
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def compared(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How many times as fast the first way is as the faster of the published ways."""
+    published = [row for row in rows if row["way"].startswith("published")]
+    wall = rows[0]["median"] / max(row["median"] for row in published)
+    cpu = rows[0]["per_cpu_second"]["median"] / max(
+        row["per_cpu_second"]["median"] for row in published
+    )
+    return {"by_clock": wall, "by_cpu_seconds": cpu}
+
+
+def policy_share(engine: Engine, num_envs: int, iterations: int) -> dict[str, Any]:
+    """CPU seconds of iterations of training, and how much of them is not the world's."""
+    import torch
+
+    inside = 0.0
+
+    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            nonlocal inside
+            start = time.process_time()
+            try:
+                return work(*arguments, **options)
+            finally:
+                inside += time.process_time() - start
+
+        return run
+
+    class TimedWorld(World):
+        step = timed(World.step)
+        observation = timed(World.observation)
+
+    torch.set_num_threads(1)
+    settings, ledger = PolicyConfig(num_envs=num_envs), Ledger()
+    world = TimedWorld(
+        settings=settings,
+        instructor=engine,
+        reviewer=Reviewer(engine, "likelihood", ledger),
+        ledger=ledger,
+        observer=Observer(kind="features", episode_length=settings.episode_length),
+    )
+    seeds = read_seeds(None, None).seeds
+    learner = Learner(RewritingVecEnv(world, seeds), settings, (543, "benchmark"))
+    found = []
+    for number in range(iterations + 1):
+        inside, start = 0.0, time.process_time()
+        learner.iterate(number)
+        whole = time.process_time() - start
+        found.append((whole, whole - inside))
+    found = found[1:]  # the first one also imports and warms up
     return {
-        "cpu": model,
-        "num_cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "load_average": round(os.getloadavg()[0], 2),
+        "steps_of_an_iteration": num_envs * settings.episode_length,
+        "iterations": iterations,
+        "iteration_cpu_s": spread([whole for whole, _ in found]),
+        "policy_cpu_s": spread([own for _, own in found]),
+        "share": spread([own / whole for whole, own in found]),
     }
 
 
-def commit() -> str:
-    """The commit, marked if the working tree differs from it."""
-    found = subprocess.run(
-        ("git", "describe", "--always", "--dirty", "--abbrev=12"),
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or "unknown"
-
-
-def print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
-    slowest = rows[-1]["median"]
+def print_table(name: str, found: dict[str, Any]) -> None:
+    rows = found["ways"]
     print(f"\n{name}: environment steps per second, median of {rows[0]['repeats']}")
     for row in rows:
-        spread = f"{row['lowest']:.1f} to {row['highest']:.1f}"
-        times = row["median"] / slowest
-        print(
-            f"  {row['way']:<14} {row['median']:>9.1f}   ({spread})   {times:.1f} x published way"
-        )
+        shown = f"{row['lowest']:.1f} to {row['highest']:.1f}"
+        cpu = row["per_cpu_second"]["median"]
+        print(f"  {row['way']:<26} {row['median']:>9.1f}   ({shown})   {cpu:.1f} per CPU second")
+    times, share = found["times_faster"], found["policy"]["share"]
+    print(
+        f"  batched is {times['by_clock']:.1f} x the faster published way by the clock, "
+        f"{times['by_cpu_seconds']:.1f} x by CPU seconds"
+    )
+    print(
+        f"  policy and TRPO: {100 * share['median']:.2f} % of an iteration "
+        f"({100 * share['lowest']:.2f} to {100 * share['highest']:.2f})"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the policy's environment.")
-    parser.add_argument("--engines", default="template,llama")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engines", default="template,pocket")
+    parser.add_argument("--model", type=Path, default=POCKET, help="of the engine `pocket`")
     parser.add_argument("--num-envs", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--episode-length", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=5, help="whole ones, for TRPO's share")
     parser.add_argument("--threads", type=int, default=1, help="torch CPU threads")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, engine in engines(
-            arguments.engines.split(","), Path(folder) / "llama", arguments.threads
-        ):
-            results[name] = measure(
-                engine, arguments.num_envs, arguments.episode_length, arguments.repeats
+        for name, candidate in candidates(arguments, Path(folder) / "llama"):
+            ways = measure(
+                candidate, arguments.num_envs, arguments.episode_length, arguments.repeats
             )
-            engine.close()
+            results[name] = {
+                "content_id": candidate.engine.content_id,
+                "ways": ways,
+                "times_faster": compared(ways),
+                "policy": policy_share(candidate.engine, arguments.num_envs, arguments.iterations),
+            }
+            candidate.engine.close()
             print_table(name, results[name])
-    now = datetime.now(UTC)
-    path = RESULTS / f"{now:%Y-%m-%d}-policy-environment.json"
-    report = {
-        "what": "environment steps per second",
-        "date": f"{now:%Y-%m-%d}",
-        "commit": commit(),
-        "command": ["python", "benchmarks/policy_environment.py", *sys.argv[1:]],
-        "machine": machine(),
-        "settings": vars(arguments),
-        "results": results,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    results["target"] = "10 times the published way; policy and TRPO below 0.02 of an iteration"
+    path = write_record(
+        "policy-environment", "environment steps per second", vars(arguments), results
+    )
     print(f"\nwritten: {path}")
 
 

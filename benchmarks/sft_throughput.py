@@ -209,6 +209,14 @@ def print_table(lines: dict[str, Result], data: Result) -> None:
             print(f"  {'':<18} TARGET MISSED: at least {target} x")
 
 
+def shown(word: object) -> str:
+    """An argument without the folders of this machine."""
+    path = Path(str(word))
+    if not path.is_absolute():
+        return str(word)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "quickstart")
@@ -251,10 +259,10 @@ def main() -> None:
         "what": "real (non-padding) tokens per second of fine-tuning, and held-out loss, by way",
         "date": f"{now:%Y-%m-%d}",
         "commit": measured_at,
-        "command": ["python", "benchmarks/sft_throughput.py", *sys.argv[1:]],
+        "command": ["python", "benchmarks/sft_throughput.py", *map(shown, sys.argv[1:])],
         "machine": before | {"load_average_at_the_end": machine()["load_average"]},
         "versions": versions or {"trl": None, "torch": torch.__version__},
-        "settings": {name: str(value) for name, value in vars(arguments).items()},
+        "settings": {name: shown(value) for name, value in vars(arguments).items()},
         "data": data,
         "targets": {way: f"ours at least {target} x" for way, target in TARGETS.items()},
         "left_out": [way for way in WAYS if way not in lines],

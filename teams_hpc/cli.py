@@ -273,12 +273,22 @@ def cancel(run_dir: RunFolder) -> None:
 
 
 @app.command()
-def report(run_dir: RunFolder) -> None:
+def report(
+    run_dir: RunFolder,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="run directory that differs in generate.policy alone: compare the generations"
+        ),
+    ] = None,
+) -> None:
     """Write report/report.html again, from what there is now; one self-contained file."""
     from teams_hpc.pipeline.start import open_run
-    from teams_hpc.report.html import rewrite_report
+    from teams_hpc.report.html import compare_with, rewrite_report
 
     opened, config = open_run(run_dir)
+    if against is not None:
+        compare_with(opened, config, open_run(against)[0])
     print(rewrite_report(opened, config))
 
 
@@ -456,6 +466,7 @@ def _print_os_error(error: OSError) -> int:
         errno.EDQUOT: "your quota is used up; free some space and run the same command again",
         errno.EACCES: "you may not write or read there; choose another run_dir or mend its rights",
         errno.EROFS: "that file system is read-only; choose another run_dir",
+        errno.ENAMETOOLONG: "that name is longer than the file system takes; choose a shorter one",
     }
     if error.errno not in remedies:
         raise error

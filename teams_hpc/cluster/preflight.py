@@ -263,7 +263,7 @@ def _number_faults(
     asked = sum(len(spec.indices) for spec in specs)
     if not asked:
         return
-    remedy = "lower site.num_workers or policy.num_members"
+    remedy = "lower site.num_workers, policy.num_members or the number of policy.variants"
     most = settings.get("MaxJobCount", "")
     if most.isdecimal() and asked >= int(most):
         what = f"{asked} jobs to submit, the cluster takes fewer than {most} (MaxJobCount)"

@@ -29,15 +29,16 @@ _PACKAGES = ("teams-hpc", "torch", "transformers", "deepspeed", "h5py", "flash-a
 
 
 def packages() -> dict[str, str]:
-    """Versions of what stages need, and of NCCL, whatever its package is called here."""
+    """Versions of what stages need, and of CUDA and NCCL, whatever their packages are called."""
     found = {}
     for name in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     for package in metadata.distributions():
         name = package.metadata["Name"] or ""
-        if name.startswith("nvidia-nccl"):
-            found["nccl"] = package.version
+        for prefix, short in (("nvidia-nccl", "nccl"), ("nvidia-cuda-runtime", "cuda")):
+            if name.startswith(prefix):
+                found[short] = package.version
     return found
 
 

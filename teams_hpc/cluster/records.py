@@ -3,10 +3,11 @@
 A job that was resubmitted has a new record, which names the array tasks it took over.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from teams_hpc.cluster.slurm import queued_jobs
 from teams_hpc.storage.atomic import read_json, write_json
 from teams_hpc.storage.run_dir import RunDir
 
@@ -51,6 +52,21 @@ def read_records(run_dir: RunDir) -> list[JobRecord]:
     values: list[dict[str, Any]] = [read_json(path) for path in run_dir.job_records.glob("*.json")]
     records = [JobRecord(**{**value, "indices": tuple(value["indices"])}) for value in values]
     return sorted(records, key=lambda record: (record.submitted, int(record.job_id)))
+
+
+def active_jobs(records: Sequence[JobRecord]) -> list[str]:
+    """Those of these jobs and array tasks that wait or work; asks Slurm if there are any at all.
+
+    Raises:
+        ClusterError: Slurm can't be asked.
+    """
+    states = queued_jobs() if records else {}
+    return [
+        job
+        for record in records
+        for job in record.task_ids
+        if job in states and states[job].is_active
+    ]
 
 
 def first_of_chain(records: Iterable[JobRecord], job: str) -> str:

@@ -1,6 +1,7 @@
 """Checks of what a configuration points at, before anything is started or torch is loaded."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from teams_hpc.config.schema import (
 from teams_hpc.errors import ConfigError
 
 _ROLES = ("instructor", "reviewer", "expert")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def _model_folder_fault(key: str, folder: Path) -> str | None:
@@ -22,9 +24,20 @@ def _model_folder_fault(key: str, folder: Path) -> str | None:
         return f"{key}: no model folder {folder}; download it there or set {key}=PATH"
     if not (folder / "config.json").is_file():
         return f"{key}: {folder} has no config.json; it must be a Hugging Face model folder"
+    if not _is_json_object(folder / "config.json"):
+        return f"{key}: {folder}/config.json is damaged: no JSON object; download it again"
     if not any(folder.glob("*.safetensors")):
         return f"{key}: {folder} has no *.safetensors; convert the weights to safetensors"
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        return f"{key}: {folder} has no tokenizer ({' or '.join(_TOKENIZERS)}); put it there"
     return None
+
+
+def _is_json_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def named_models(config: Config) -> Iterator[tuple[str, Path]]:
@@ -86,12 +99,31 @@ def _liger_fault(sft: SftConfig) -> str | None:
     )
 
 
+def _positions_fault(sft: SftConfig, folder: Path) -> str | None:
+    """Whether the rows are longer than the model reads; a new model's are checked by the schema."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        longest = int(content["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # another kind of model: its loading says more
+    if sft.sequence_length <= longest:
+        return None
+    return (
+        f"sft.sequence_length: {sft.sequence_length} is more than the {longest} positions of the "
+        f"model in {folder}; set it to {longest} or less"
+    )
+
+
 def _file_faults(config: Config) -> Iterator[str]:
     if config.seeds.path is not None and not config.seeds.path.is_file():
         yield f"seeds.path: no file {config.seeds.path}"
     for path in config.dataset.decontaminate:
         if not path.is_file():
             yield f"dataset.decontaminate: no file {path}"
+    if isinstance(config.sft.model, Path):
+        fault = _positions_fault(config.sft, config.sft.model)
+        if fault:
+            yield fault
     if config.evaluate.lm_eval_path is not None and not config.evaluate.lm_eval_path.is_dir():
         yield f"evaluate.lm_eval_path: no folder {config.evaluate.lm_eval_path}"
 

@@ -126,8 +126,15 @@ def stage_inputs(config: Config, stage: str) -> Inputs:
         and any(key == prefix or key.startswith(f"{prefix}.") for prefix in STAGE_KEYS[stage])
     }
     if stage == "policy":
-        return {key: value for key, value in chosen.items() if key not in _SELECTION_KEYS}
+        unused = {*_SELECTION_KEYS, *_unused_policy_keys(config)}
+        return {key: value for key, value in chosen.items() if key not in unused}
     return chosen
+
+
+def _unused_policy_keys(config: Config) -> list[str]:
+    """Keys that decide nothing here; so runs begun before there were such keys go on."""
+    unused = [] if config.policy.variants else ["policy.variants"]
+    return unused if config.policy.uses_embedding else [*unused, "policy.embedding_size"]
 
 
 def inputs_digest(inputs: Inputs) -> str:

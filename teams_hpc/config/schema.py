@@ -7,25 +7,10 @@ secret: a key that needs one names the environment variable that holds it.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NotNegative = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        validate_default=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
-    )
+from teams_hpc.config.policy import PolicyConfig
+from teams_hpc.config.section import Count, CountOrZero, NotNegative, Positive, Probability, Section
 
 
 class SeedsConfig(Section):
@@ -72,7 +57,10 @@ class TransformersEngineConfig(EngineBase):
     """A local Llama-family folder through transformers."""
 
     kind: Literal["transformers"] = "transformers"
-    model: Path = Field(description="folder with config.json, safetensors and a tokenizer")
+    model: Path = Field(
+        description="folder with config.json, safetensors and a tokenizer; "
+        "shipped:pocket-llama is the small one that comes with the package"
+    )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: Count = Field(32, description="most requests in one forward batch")
@@ -153,45 +141,6 @@ ReviewerConfig = Annotated[
     TemplateReviewerConfig | TransformersReviewerConfig | VllmReviewerConfig | HttpReviewerConfig,
     Field(discriminator="kind"),
 ]
-
-
-class PolicyConfig(Section):
-    """Policy training: TRPO over six operations. Constants as published unless said."""
-
-    num_members: Count = Field(4, description="independently seeded policies; the best is chosen")
-    iterations: Count = Field(100, description="rollout and update cycles of each member")
-    num_envs: Count = Field(32, description="episodes side by side, one batch of LLM calls a step")
-    episode_length: Count = Field(6, description="operations in an episode")
-    observation: Literal["features", "one_hot"] = Field(
-        "features", description="one_hot: the last operation alone, as published"
-    )
-    reward: Literal["probability", "binary"] = Field(
-        "probability", description="P(Not Equal), or (as published) 1 if above a half, else 0"
-    )
-    compare_with: Literal["parent", "every_earlier"] = "parent"
-    max_words: Count = Field(400, description="a longer rewrite earns nothing")
-    gamma: Probability = 0.995
-    gae_lambda: Probability = 0.97
-    target_kl: Positive = 0.01
-    cg_damping: NotNegative = 0.1
-    cg_max_steps: Count = 10
-    line_search_max_iter: Count = 10
-    critic_learning_rate: Positive = 1e-3
-    critic_updates: Count = Field(10, description="passes over a rollout for the value function")
-    hidden_size: Count = Field(64, description="width of both hidden layers")
-    num_eval_episodes: Count = Field(
-        2, description="episodes for each seed when members are chosen and reported"
-    )
-    num_bootstrap: Annotated[int, Field(ge=100)] = 2000
-
-    @model_validator(mode="after")
-    def _has_advantages_to_compare(self) -> "PolicyConfig":
-        if self.num_envs * self.episode_length < 2:
-            raise ValueError(
-                "num_envs 1 and episode_length 1 give one step a rollout, of which nothing can be "
-                "learnt; raise num_envs"
-            )
-        return self
 
 
 class GenerateConfig(Section):
@@ -456,12 +405,11 @@ class SiteConfig(Section):
     container: ContainerConfig | None = None
 
 
-ROLES_OF = {
+_ROLES_OF = {
     "policy": ("instructor", "reviewer"),
     "select": ("instructor", "reviewer"),
     "generate": ("expert", "reviewer"),
 }
-"""The roles that each stage asks."""
 
 
 class Config(Section):
@@ -482,6 +430,17 @@ class Config(Section):
     budget: BudgetConfig = BudgetConfig()
     site: SiteConfig = SiteConfig()
 
+    @model_validator(mode="after")
+    def _instructor_can_embed(self) -> "Config":
+        if self.policy.uses_embedding and not isinstance(self.instructor, TransformersEngineConfig):
+            raise ValueError(
+                "policy.observation: embedding is made of the instructor's hidden states, which "
+                f"instructor.kind={self.instructor.kind} doesn't give; set "
+                "instructor.kind=transformers, or policy.observation=features (also in "
+                "policy.variants)"
+            )
+        return self
+
     @property
     def resolved_run_dir(self) -> Path:
         """The run directory; `load_config` has made it absolute."""
@@ -489,8 +448,14 @@ class Config(Section):
             raise AssertionError("load_config sets run_dir")
         return self.run_dir
 
+    def roles_of(self, stage: str) -> tuple[str, ...]:
+        """The roles whose models a stage loads; a policy may look through the instructor's eyes."""
+        roles = _ROLES_OF.get(stage, ())
+        is_guided = stage == "generate" and self.generate.policy == "learned"
+        return (*roles, "instructor") if is_guided and self.policy.uses_embedding else roles
+
     def gpus_of_process(self, stage: str) -> int:
         """GPUs that one process of a stage uses, where any do; vLLM may split a model."""
-        engines = (getattr(self, role) for role in ROLES_OF.get(stage, ()))
+        engines = (getattr(self, role) for role in self.roles_of(stage))
         sizes = (e.tensor_parallel_size for e in engines if isinstance(e, VllmEngineConfig))
         return max(sizes, default=1)

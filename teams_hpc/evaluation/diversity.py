@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from teams_hpc.rewriting.near_duplicates import words
 
@@ -33,16 +34,22 @@ def self_similarity(texts: Sequence[str]) -> float | None:
     if len(texts) < 2:
         return None
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(_SAMPLE, len(texts))).astype(int))
-    vectors = np.zeros((len(chosen), _HASHED))
-    for row, index in enumerate(chosen):
-        parts = words(texts[index])
-        for gram in [*parts, *(f"{a} {b}" for a, b in itertools.pairwise(parts))]:
-            vectors[row, _bucket(gram)] += 1.0
+    vectors = text_vectors([texts[index] for index in chosen])
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors /= np.maximum(norms, 1e-12)
     cosines = vectors @ vectors.T
     np.fill_diagonal(cosines, -1.0)
     return float(cosines.max(axis=1).mean())
+
+
+def text_vectors(texts: Sequence[str]) -> NDArray[np.float64]:
+    """Counts of word 1- and 2-grams, hashed into 4,096 places, (texts, 4096)."""
+    vectors = np.zeros((len(texts), _HASHED))
+    for row, text in enumerate(texts):
+        parts = words(text)
+        for gram in [*parts, *(f"{a} {b}" for a, b in itertools.pairwise(parts))]:
+            vectors[row, _bucket(gram)] += 1.0
+    return vectors
 
 
 def _bucket(gram: str) -> int:

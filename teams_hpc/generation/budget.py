@@ -73,6 +73,8 @@ class Budget:
                 self.has_released |= self.has_trace(unit)
                 self.give_back(unit)
                 return False
+            if not mutex.is_held():  # stood still for so long that others have counted meanwhile
+                return self.reserve(unit, num_calls)
             write_json(self._path(unit), {"until": _calls(usage.get(unit)) + num_calls})
         return True
 

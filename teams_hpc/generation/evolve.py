@@ -3,7 +3,8 @@
     choose an operation -> rewrite -> checks -> verdict -> [answer -> checks] -> next step
 
 An eliminated or failed step leaves the parent as it was. Nothing in here does I/O or knows of other
-chains: every choice and every sampler seed is keyed by the record's id.
+chains: every choice and every sampler seed is keyed by the record's id, and what the policy sees is
+a function of the chain's own text and history.
 """
 
 import math
@@ -22,7 +23,7 @@ from teams_hpc.rewriting.elimination import (
     check_verdict,
 )
 from teams_hpc.rewriting.identity import keyed_seed, keyed_uniform, record_id
-from teams_hpc.rewriting.observation import History, ObservationKind, observe
+from teams_hpc.rewriting.observation import History, Observer
 from teams_hpc.rewriting.operation_policy import OperationPolicy, choose
 from teams_hpc.rewriting.operations import (
     OPERATIONS,
@@ -59,8 +60,7 @@ class Steering:
         settings: `generate` of the configuration.
         policy: Chooses operations.
         member: Number of the policy member, -1 for a baseline.
-        observation: What the policy sees.
-        episode_length: Scale of the observation, as in training.
+        observer: What the policy sees.
         expert: Content id of the expert.
     """
 
@@ -68,8 +68,7 @@ class Steering:
     settings: GenerateConfig
     policy: OperationPolicy
     member: int
-    observation: ObservationKind
-    episode_length: int
+    observer: Observer
     expert: str
 
 
@@ -218,13 +217,7 @@ class Chain:
         record = record_id(
             steering.run_seed, seed.instruction, seed.input, self.key.trajectory, step
         )
-        observation = observe(
-            steering.observation,
-            self._instruction,
-            self._input,
-            self._history,
-            steering.episode_length,
-        )
+        observation = steering.observer.observe(self._instruction, self._input, self._history)
         operation = choose(
             steering.policy.probabilities(observation, self._history),
             keyed_uniform(record, "operation"),

@@ -4,15 +4,15 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
-from typing import cast, get_args
 
 from teams_hpc.config import Config
 from teams_hpc.config.schema import EngineConfig, TransformersEngineConfig
-from teams_hpc.errors import BudgetError, CorruptFileError, EngineError
+from teams_hpc.errors import BudgetError, EngineError
 from teams_hpc.generation.budget import Budget
 from teams_hpc.generation.calls import CallDigests, Calls, ClaimLost, fixed_batch_size
 from teams_hpc.generation.engine_ahead import EngineAhead
 from teams_hpc.generation.evolve import Chain, Row, Steering
+from teams_hpc.generation.guide import Guide
 from teams_hpc.generation.outcome import Counts, describe_engine, publish_unit, write_outcome
 from teams_hpc.generation.plan import Plan, settle_plan
 from teams_hpc.generation.published import (
@@ -35,13 +35,6 @@ from teams_hpc.generation.unit_log import UnitLog
 from teams_hpc.llm.base import Engine
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.llm.load import load_engines
-from teams_hpc.rewriting.observation import ObservationKind
-from teams_hpc.rewriting.operation_policy import (
-    MlpPolicy,
-    OperationPolicy,
-    RoundRobinPolicy,
-    UniformPolicy,
-)
 from teams_hpc.rewriting.reviewer import Reviewer
 from teams_hpc.runtime.metrics import Progress
 from teams_hpc.runtime.preemption import StopFlag
@@ -94,28 +87,6 @@ def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> Non
         worker.finish()
 
 
-def _load_policy(run_dir: RunDir, config: Config) -> tuple[OperationPolicy, int]:
-    """The policy that chooses operations, and the number of its member (-1: a baseline)."""
-    if config.generate.policy == "uniform":
-        return UniformPolicy(), -1
-    if config.generate.policy == "round_robin":
-        return RoundRobinPolicy(), -1
-    policy = MlpPolicy.load(run_dir.selected_policy)
-    return policy, int(policy.metadata["member"])
-
-
-def _observation_kind(run_dir: RunDir, policy: OperationPolicy) -> ObservationKind:
-    if not isinstance(policy, MlpPolicy):
-        return "one_hot"  # the baselines don't look
-    for kind in get_args(ObservationKind):
-        if kind == policy.observation_kind:
-            return cast(ObservationKind, kind)
-    raise CorruptFileError(
-        f"{run_dir.selected_policy} takes the observation {policy.observation_kind!r}, which this "
-        "version doesn't know; run again with --rerun-from policy"
-    )
-
-
 def _slots_to_refill(config: EngineConfig) -> int | None:
     """Requests of a batch where it may be formed before all of the last one's followers are there.
 
@@ -131,6 +102,7 @@ def _slots_to_refill(config: EngineConfig) -> int | None:
 class _Equipment:
     """What a worker needs to run units; loaded only once there is one to run."""
 
+    guide: Guide
     expert: Engine
     reviewer: Engine
     steering: Steering
@@ -138,7 +110,7 @@ class _Equipment:
 
     @classmethod
     def load(cls, run_dir: RunDir, config: Config) -> "_Equipment":
-        policy, member = _load_policy(run_dir, config)
+        guide = Guide.load(run_dir, config)
         expert, reviewer = load_engines(config.expert, config.reviewer)
         if expert is reviewer and config.reviewer.verdict == "generated":
             expert, reviewer = share_engine(expert)
@@ -147,18 +119,18 @@ class _Equipment:
         steering = Steering(
             run_seed=config.seed,
             settings=config.generate,
-            policy=policy,
-            member=member,
-            observation=_observation_kind(run_dir, policy),
-            episode_length=config.policy.episode_length,
+            policy=guide.policy,
+            member=guide.member,
+            observer=guide.observer,
             expert=expert.content_id,
         )
         judge = Reviewer(reviewer, config.reviewer.verdict, Ledger())
         digests = CallDigests.make(expert, config.expert, judge, config.reviewer)
-        return cls(expert, reviewer, steering, digests)
+        return cls(guide, expert, reviewer, steering, digests)
 
     def close(self) -> None:
         """Close each engine once."""
+        self.guide.close()
         self.expert.close()
         if self.reviewer is not self.expert and not isinstance(self.reviewer, EnginePort):
             self.reviewer.close()

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 RoleName = Literal["instructor", "reviewer", "expert"]
 Exactness = Literal["exact", "statistical"]
 FinishReason = Literal["stop", "length", "error"]
@@ -136,6 +139,17 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds."""
+        ...
+
+
+class EmbeddingEngine(Engine, Protocol):
+    """An engine that also shows its model's hidden states."""
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Mean over tokens of the last layer's hidden states, (texts, width).
+
+        Each text is on its own: what else is asked for never changes it.
+        """
         ...
 
 

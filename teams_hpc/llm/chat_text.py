@@ -33,6 +33,11 @@ class ChatText:
         """The prompt, ready for the assistant's reply."""
         return self._tokens(self._text(messages))
 
+    def plain(self, text: str) -> list[int]:
+        """A text by itself, no chat around it."""
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
     def encode_options(
         self, request: ScoreRequest, longest: int | None = None
     ) -> tuple[list[int], list[list[int]]]:

@@ -1,5 +1,7 @@
 """From configuration to engine; equal configurations share one engine, so one copy in memory."""
 
+from typing import cast
+
 from teams_hpc.config.schema import (
     EngineConfig,
     HttpEngineConfig,
@@ -7,7 +9,8 @@ from teams_hpc.config.schema import (
     TransformersEngineConfig,
     VllmEngineConfig,
 )
-from teams_hpc.llm.base import Engine
+from teams_hpc.errors import EngineError
+from teams_hpc.llm.base import EmbeddingEngine, Engine
 
 
 def load_engine(config: EngineConfig | ReviewerConfig) -> Engine:
@@ -31,6 +34,20 @@ def load_engine(config: EngineConfig | ReviewerConfig) -> Engine:
     from teams_hpc.llm.template_engine import TemplateEngine
 
     return TemplateEngine(config)
+
+
+def as_embedding_engine(engine: Engine) -> EmbeddingEngine:
+    """The engine as one that shows hidden states.
+
+    Raises:
+        EngineError: It isn't one.
+    """
+    if not hasattr(engine, "embed"):
+        raise EngineError(
+            "policy.observation=embedding needs the instructor's hidden states, which only "
+            "instructor.kind=transformers gives"
+        )
+    return cast(EmbeddingEngine, engine)
 
 
 def load_engines(*configs: EngineConfig | ReviewerConfig) -> list[Engine]:

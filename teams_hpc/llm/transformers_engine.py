@@ -8,7 +8,9 @@ batch, and results are statistical.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from teams_hpc.config.digest import model_content_id
 from teams_hpc.config.schema import TransformersEngineConfig
@@ -129,6 +131,18 @@ class TransformersEngine:
                     prompt_tokens=len(encoded[index].prompt),
                 )
         return [scores[index] for index in range(len(requests))]
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """See `llm.base.EmbeddingEngine`; of a text too long for the model, its beginning."""
+        pooled = []
+        for text in texts:
+            ids = self._chat.plain(text)[: self._chat.longest] or [self._pad_id]
+            with enough_memory(self._config), torch.inference_mode():
+                output = self._model.base_model(
+                    input_ids=torch.tensor([ids], device=self._device), use_cache=False
+                )
+            pooled.append(output.last_hidden_state[0].float().mean(0).cpu())
+        return torch.stack(pooled).numpy()
 
     def close(self) -> None:
         """Free the model."""

@@ -6,9 +6,10 @@ import sys
 import time
 from typing import Protocol
 
+from teams_hpc.cluster.records import active_jobs, read_records
 from teams_hpc.config import Config
 from teams_hpc.config.check import input_faults, refuse_faults
-from teams_hpc.errors import WorkError
+from teams_hpc.errors import ClusterError, RunInUseError, WorkError
 from teams_hpc.pipeline.graph import Stage, stage_graph, task_name
 from teams_hpc.pipeline.inputs import is_done, prepare_stage, set_aside_outdated
 from teams_hpc.pipeline.reshape import needs_reshaping
@@ -46,16 +47,36 @@ def run_pipeline(
         StopRequested: Asked to stop; every process has reached a safe point.
     """
     refuse_faults([*input_faults(config), *room_faults(config)])
+    _refuse_beside_jobs(RunDir(config.resolved_run_dir))
     with prepared_run(config, stop=stop, rerun_from=rerun_from) as run_dir:
         begin_retry(run_dir, config)
         for stage in stage_graph(config):
-            _run_stage(run_dir, config, stage, observer, stop)
+            run_stage(run_dir, config, stage, observer, stop)
     return run_dir
 
 
-def _run_stage(
+def _refuse_beside_jobs(run_dir: RunDir) -> None:
+    """Jobs of `submit` hold no claim on the whole run, and would be in each other's way with us."""
+    try:
+        active = active_jobs(read_records(run_dir))
+    except ClusterError:  # the run was brought to where there is no Slurm
+        return
+    if active:
+        raise RunInUseError(
+            f"{run_dir.root} is in use by Slurm jobs ({', '.join(active[:5])}); wait for them, or "
+            f"first: teams-hpc cancel {run_dir.root}"
+        )
+
+
+def run_stage(
     run_dir: RunDir, config: Config, stage: Stage, observer: Observer, stop: StopFlag
 ) -> None:
+    """One stage of a run that is ready for it, unless it is done.
+
+    Raises:
+        WorkError: It failed.
+        StopRequested: Asked to stop; every process has reached a safe point.
+    """
     prepare_stage(run_dir, config, stage)
     if is_done(run_dir, config, stage):
         observer.stage_skipped(stage)
@@ -116,7 +137,7 @@ def _done(run_dir: RunDir, task: str) -> object:
 def stage_tasks(run_dir: RunDir, config: Config, stage: Stage) -> list[Task]:
     """The processes of one stage on this machine."""
     counts = {
-        "members": config.policy.num_members,
+        "members": config.policy.num_tasks,
         "workers": config.site.num_workers,
         "ranks": config.site.num_sft_ranks,
         "one": 1,

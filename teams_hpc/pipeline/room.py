@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from teams_hpc.cluster.jobs import job_spec
 from teams_hpc.config import Config, ModelShape
 from teams_hpc.config.schema import SftConfig
@@ -174,6 +176,8 @@ def model_shape(config: Config) -> ModelShape | None:
         found = read_json(config.sft.model / "config.json")
     except (OSError, CorruptFileError):
         return None
+    if not isinstance(found, dict):
+        return None
     # What old folders leave out.
     values = {
         "num_key_value_heads": found.get("num_attention_heads"),
@@ -181,7 +185,10 @@ def model_shape(config: Config) -> ModelShape | None:
     } | {name: found[name] for name in ModelShape.model_fields if found.get(name) is not None}
     if found.get("model_type") != "llama" or values.keys() < ModelShape.model_fields.keys():
         return None
-    return ModelShape.model_validate(values)
+    try:
+        return ModelShape.model_validate(values)
+    except ValidationError:  # a Llama that we would not build, for instance of few tokens
+        return None
 
 
 def shape_parameters(shape: ModelShape) -> int:
@@ -287,6 +294,7 @@ def room_faults(config: Config) -> list[str]:
         UsageError: The processes can't share the batch.
         ConfigError: They can't be spread over the nodes.
     """
+    plan_batch(config.sft, config.site.num_sft_ranks)
     shape = model_shape(config)
     if shape is None or not config.site.gpus_per_node:
         return []

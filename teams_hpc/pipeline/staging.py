@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from teams_hpc.config import Config, LocalEngineConfig
-from teams_hpc.config.schema import ROLES_OF
 from teams_hpc.storage.lease import Lease
 
 _log = logging.getLogger(__name__)
@@ -24,7 +23,7 @@ def staged(config: Config, stage: str) -> Config:
         return config
     scratch = Path(os.environ["TMPDIR"])
     update: dict[str, object] = {}
-    for role in ROLES_OF.get(stage, ()):
+    for role in config.roles_of(stage):
         engine = getattr(config, role)
         if isinstance(engine, LocalEngineConfig):
             update[role] = engine.model_copy(update={"model": _copied(engine.model, scratch)})

@@ -46,27 +46,36 @@ def prepared_run(
     run_dir = RunDir(config.resolved_run_dir)
     if rerun_from is not None:
         find_stage(config, rerun_from)
-    try:
-        run_dir.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise UsageError(
-            f"run_dir: can't make {run_dir.root} ({error.strerror}); set run_dir=PATH to a folder "
-            "of yours"
-        ) from None
     lease = Lease(run_dir.leases / "run", config.site.lease_s)
     with lease:
-        if not (lease.acquire() or _outlast_holder(lease, stop)):
+        with _refusing_what_cannot_be_written(run_dir):
+            run_dir.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            is_ours = lease.acquire() or _outlast_holder(lease, stop)
+        if not is_ours:
             found = read_holder(lease.path)
             who = f"process {found[0].pid} on {found[0].host}" if found else "another process"
             raise RunInUseError(
                 f"{run_dir.root} is in use by {who}; wait for it, stop it, or choose another name"
             )
         check_unchanged(run_dir, config, before=rerun_from)
-        if rerun_from is not None:
-            set_aside(run_dir, config, rerun_from)
-        write_text(run_dir.config, dump_yaml(config))
-        record_provenance(run_dir)
+        with _refusing_what_cannot_be_written(run_dir):
+            if rerun_from is not None:
+                set_aside(run_dir, config, rerun_from)
+            write_text(run_dir.config, dump_yaml(config))
+            record_provenance(run_dir)
         yield run_dir
+
+
+@contextmanager
+def _refusing_what_cannot_be_written(run_dir: RunDir) -> Iterator[None]:
+    """No work has begun yet, so a full disk or a missing right is a reason not to begin."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"run_dir: can't write {error.filename or run_dir.root} ({error.strerror}); make room, "
+            "or set run_dir=PATH to a folder of yours"
+        ) from None
 
 
 def _outlast_holder(lease: Lease, stop: StopFlag) -> bool:

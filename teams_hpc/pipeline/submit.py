@@ -9,7 +9,7 @@ from pathlib import Path
 
 from teams_hpc.cluster.jobs import JobSpec, job_spec
 from teams_hpc.cluster.preflight import slurm_faults
-from teams_hpc.cluster.records import JobRecord, read_records, write_record
+from teams_hpc.cluster.records import JobRecord, active_jobs, read_records, write_record
 from teams_hpc.cluster.slurm import JobState, call_slurm, queued_jobs, scheduler_settings
 from teams_hpc.cluster.submit import Entry, Submitter, job_environment, sbatch_options
 from teams_hpc.config import Config
@@ -22,7 +22,7 @@ from teams_hpc.pipeline.retry import begin_retry, wants_retry
 from teams_hpc.pipeline.room import room_faults, room_lines
 from teams_hpc.pipeline.start import open_run, prepared_run
 from teams_hpc.runtime.preemption import StopFlag
-from teams_hpc.sft.deepspeed_config import deepspeed_config, plan_batch
+from teams_hpc.sft.deepspeed_config import deepspeed_config
 from teams_hpc.storage.lease import Lease
 from teams_hpc.storage.run_dir import RunDir, read_manifest
 
@@ -32,8 +32,13 @@ _QUEUE_PATIENCE_S = 300.0
 
 def all_indices(config: Config, stage: Stage) -> tuple[int, ...]:
     """Index of every task that a stage has on a cluster."""
-    counts = {"members": config.policy.num_members, "workers": config.site.num_workers}
+    counts = {"members": config.policy.num_tasks, "workers": config.site.num_workers}
     return tuple(range(counts.get(stage.form, 1)))
+
+
+def _longest_array() -> int:
+    """How many tasks the cluster takes in one array."""
+    return max(1, int(scheduler_settings().get("MaxArraySize", "1001")))
 
 
 def job_specs(config: Config) -> list[JobSpec]:
@@ -46,7 +51,6 @@ def job_specs(config: Config) -> list[JobSpec]:
 def submission_faults(config: Config, run_dir: RunDir) -> list[str]:
     """What is wrong with the configuration for a submission, Slurm itself left aside."""
     faults = input_faults(config, elsewhere=True)
-    plan_batch(config.sft, config.site.num_sft_ranks)
     if config.site.executor != "slurm":
         faults.append(
             "site.executor: is local; for Slurm name a site (extends: sites/slurm-a100.yaml) or "
@@ -128,14 +132,7 @@ def _refuse_to_move_work(config: Config, run_dir: RunDir, rerun_from: str | None
     records = [record for record in read_records(run_dir) if record.stage in later]
     if not records or not any(run_dir.stage_dir(name).exists() for name in later):
         return
-    states = queued_jobs()
-    active = [
-        job
-        for record in records
-        for job in record.task_ids
-        if job in states and states[job].is_active
-    ]
-    if active:
+    if active := active_jobs(records):
         raise UsageError(
             f"{names[first]} and what follows are to be set aside, but jobs of them wait or run "
             f"({', '.join(active[:5])}); first: teams-hpc cancel {run_dir.root}"
@@ -274,7 +271,7 @@ class _Submission:
         replaces: str | None = None,
     ) -> list[JobRecord]:
         submitter = Submitter(config=self.config, run_dir=self.run_dir, entry=self.entry)
-        most = max(1, int(scheduler_settings().get("MaxArraySize", "1001")))
+        most = _longest_array()
         chunks = [tuple(indices[at : at + most]) for at in range(0, len(indices), most)]
         parallel = max(1, self.config.site.slurm.max_parallel_tasks // len(chunks))
         records = [
@@ -309,6 +306,11 @@ def prepare_job(config: Config, name: str) -> Iterator[str]:
     spec = job_spec(config, name, all_indices(config, stage))
     faults = submission_faults(config, RunDir(config.resolved_run_dir))
     refuse_faults(faults or slurm_faults(config, [spec]))
+    if len(spec.indices) > (most := _longest_array()):
+        raise UsageError(
+            f"{name}: {len(spec.indices)} tasks are more than this cluster takes in one array "
+            f"(MaxArraySize {most}); teams-hpc submit makes several of them"
+        )
     is_retry = name == "generate" and wants_retry(RunDir(config.resolved_run_dir), config)
     if is_retry:
         _refuse_to_move_work(config, RunDir(config.resolved_run_dir), None)

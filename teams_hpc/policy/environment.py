@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from teams_hpc.config.schema import PolicyConfig
+from teams_hpc.config.policy import PolicyConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Completion, Engine, complete_all
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.rewriting.identity import keyed_seed
-from teams_hpc.rewriting.observation import History, observe
+from teams_hpc.rewriting.observation import History, Observer
 from teams_hpc.rewriting.operations import (
     OPERATIONS,
     carried_input,
@@ -63,13 +63,6 @@ class Episode:
     def begin(cls, key: Key, seed: Seed) -> "Episode":
         return cls(key=key, texts=[(seed.instruction, seed.input)])
 
-    def observation(self, settings: PolicyConfig) -> NDArray[np.float32]:
-        """What the policy sees now, (n,)."""
-        instruction, input_text = self.texts[-1]
-        return observe(
-            settings.observation, instruction, input_text, self.history, settings.episode_length
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -109,12 +102,18 @@ class World:
         instructor: Rewrites.
         reviewer: Judges; it counts its calls in its own ledger.
         ledger: Where the instructor's calls are counted.
+        observer: What the policy sees of an episode; looking costs no calls.
     """
 
     settings: PolicyConfig
     instructor: Engine
     reviewer: Reviewer
     ledger: Ledger
+    observer: Observer
+
+    def observation(self, episode: Episode) -> NDArray[np.float32]:
+        """What the policy sees now, (n,)."""
+        return self.observer.observe(*episode.texts[-1], episode.history)
 
     def step(self, episodes: Sequence[Episode], operations: Sequence[int]) -> list[Outcome]:
         """Apply one operation to each episode, in one batch; the episodes move on.

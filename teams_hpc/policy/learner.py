@@ -14,7 +14,7 @@ import torch as th
 from sb3_contrib import TRPO
 from stable_baselines3.common.logger import Logger
 
-from teams_hpc.config.schema import PolicyConfig
+from teams_hpc.config.policy import PolicyConfig
 from teams_hpc.policy.environment import Key
 from teams_hpc.policy.tally import saturated_share
 from teams_hpc.policy.vec_env import RewritingVecEnv

@@ -1,7 +1,7 @@
 """Playing a policy: sampled episodes on given seeds, the same luck for every policy."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from teams_hpc.policy.environment import Episode, World
 from teams_hpc.policy.tally import ZERO_REASONS, Tally
 from teams_hpc.rewriting.identity import keyed_uniform
+from teams_hpc.rewriting.kinds import KINDS, instruction_kind
 from teams_hpc.rewriting.operation_policy import OperationPolicy, choose
 from teams_hpc.rewriting.operations import OPERATIONS
 from teams_hpc.rewriting.seeds import Seed
@@ -22,6 +23,7 @@ class Evaluation:
     Attributes:
         rewards: (seeds, episodes of each, steps), nested lists.
         operations_by_step: (steps, 6) counts.
+        operations_by_kind: (6,) counts by the kind of seed that the episode began with.
         zero_reasons: Why steps earned nothing.
         verdicts: P(Not Equal) of every rewrite that was judged.
     """
@@ -30,6 +32,7 @@ class Evaluation:
     operations_by_step: list[list[int]]
     zero_reasons: dict[str, int]
     verdicts: list[float]
+    operations_by_kind: dict[str, list[int]] = field(default_factory=dict)
 
     def by_seed(self) -> NDArray[np.float64]:
         """Mean reward a step of each seed, (seeds,)."""
@@ -65,20 +68,27 @@ def evaluate_policy(
     ]
     rewards: list[list[float]] = []
     operations = np.zeros((length, len(OPERATIONS)), dtype=np.int64)
+    by_kind = {kind: [0] * len(OPERATIONS) for kind in KINDS}
     reasons = dict.fromkeys(ZERO_REASONS, 0)
     verdicts: list[float] = []
     for first in range(0, len(started), settings.num_envs):
-        tally = _play(world, policy, started[first : first + settings.num_envs])
+        episodes = started[first : first + settings.num_envs]
+        kinds = [instruction_kind(episode.texts[0][0]) for episode in episodes]
+        tally = _play(world, policy, episodes)
         rewards += [list(episode) for episode in zip(*tally.rewards, strict=True)]
         operations += np.array(tally.operations_by_step)
         reasons = {name: reasons[name] + count for name, count in tally.zero_reasons.items()}
         verdicts += tally.verdicts
+        for step in tally.operations:
+            for kind, operation in zip(kinds, step, strict=True):
+                by_kind[kind][operation] += 1
     grouped = [rewards[i : i + per_seed] for i in range(0, len(rewards), per_seed)]
     return Evaluation(
         rewards=grouped,
         operations_by_step=operations.tolist(),
         zero_reasons=reasons,
         verdicts=verdicts,
+        operations_by_kind={kind: counts for kind, counts in by_kind.items() if any(counts)},
     )
 
 
@@ -87,7 +97,7 @@ def _play(world: World, policy: OperationPolicy, episodes: Sequence[Episode]) ->
     for step in range(world.settings.episode_length):
         operations = [
             choose(
-                policy.probabilities(episode.observation(world.settings), episode.history),
+                policy.probabilities(world.observation(episode), episode.history),
                 keyed_uniform(*episode.key, step, "action"),
                 "sample",
             )

@@ -17,10 +17,11 @@ from teams_hpc.llm.base import Engine
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.policy.attempts import begin_attempt
 from teams_hpc.policy.rollout import Evaluation, evaluate_policy
-from teams_hpc.policy.setting import build_world, loaded_engines, seeds_by_split
+from teams_hpc.policy.setting import build_world, loaded_engines, make_observer, seeds_by_split
 from teams_hpc.policy.statistics import LEAST_SEEDS, Interval, mean_interval
 from teams_hpc.policy.tally import saturated_share
 from teams_hpc.rewriting.identity import keyed_seed
+from teams_hpc.rewriting.observation import Observer
 from teams_hpc.rewriting.operation_policy import (
     MlpPolicy,
     OperationPolicy,
@@ -69,6 +70,7 @@ class _Selection:
         self._usage = Ledger()
         self._progress = Progress(run_dir.progress("select"), unit="evaluations")
         self._num_done = 0
+        self._observers: dict[tuple[str, int], Observer] = {}
 
     def run(self) -> dict[str, Any]:
         """All evaluations, and the manifest's content."""
@@ -76,16 +78,16 @@ class _Selection:
         accuracy = self._sanity_accuracy()
         members = [
             MlpPolicy.load(self._run_dir.member(index) / "policy.safetensors")
-            for index in range(self._config.policy.num_members)
+            for index in range(self._config.policy.num_tasks)
         ]
         chosen_on = self._choosing_split(seeds)
         evaluations = [
-            self._evaluate(f"{chosen_on}-member-{index:03d}", policy, seeds[chosen_on])
+            self._evaluate(f"{chosen_on}-member-{index:03d}", policy, seeds[chosen_on], index)
             for index, policy in enumerate(members)
         ]
         scores = [float(evaluation.by_seed().mean()) for evaluation in evaluations]
         chosen = best_member(scores)
-        reported = self._report(seeds["policy_report"], members[chosen])
+        reported = self._report(seeds["policy_report"], members[chosen], chosen)
         verdicts = [p for evaluation in evaluations for p in evaluation.verdicts]
         verdicts += [p for evaluation in reported.values() for p in evaluation.verdicts]
         return {
@@ -111,7 +113,9 @@ class _Selection:
         )
         return "policy_train"
 
-    def _report(self, seeds: Sequence[Seed], learned: MlpPolicy) -> dict[str, Evaluation]:
+    def _report(
+        self, seeds: Sequence[Seed], learned: MlpPolicy, chosen: int
+    ) -> dict[str, Evaluation]:
         if len(seeds) < LEAST_SEEDS:
             _log.warning("the policy is not measurable (n=%d seeds in policy_report)", len(seeds))
             return {}
@@ -121,17 +125,31 @@ class _Selection:
             "round_robin": RoundRobinPolicy(),
         }
         return {
-            name: self._evaluate(f"policy_report-{name}", policy, seeds)
+            name: self._evaluate(
+                f"policy_report-{name}", policy, seeds, chosen if policy is learned else None
+            )
             for name, policy in policies.items()
         }
 
-    def _evaluate(self, name: str, policy: OperationPolicy, seeds: Sequence[Seed]) -> Evaluation:
+    def _observer_of(self, member: int) -> Observer:
+        """What a member sees; one for all members that see alike, since it remembers texts."""
+        settings = self._config.policy.member(member).settings
+        key = (settings.observation, settings.embedding_size)
+        if key not in self._observers:
+            self._observers[key] = make_observer(settings, self._engines[0])
+        return self._observers[key]
+
+    def _evaluate(
+        self, name: str, policy: OperationPolicy, seeds: Sequence[Seed], member: int | None
+    ) -> Evaluation:
+        """Play a member, or (None) a baseline, which doesn't look."""
         bound = build_world(self._config, self._engines, Ledger()).most_calls(
             len(seeds) * self._config.policy.num_eval_episodes
         )
 
         def work(ledger: Ledger) -> dict[str, Any]:
-            world = build_world(self._config, self._engines, ledger)
+            observer = None if member is None else self._observer_of(member)
+            world = build_world(self._config, self._engines, ledger, observer)
             return evaluate_policy(world, policy, seeds, self._config.seed).to_json()
 
         return Evaluation.from_json(self._once(name, bound, work))
@@ -157,7 +175,7 @@ class _Selection:
     ) -> dict[str, Any]:
         """The result of `work`, made durable with its usage; read back if it was made before."""
         path = self._folder / f"{name}.json"
-        total = self._config.policy.num_members + 4
+        total = self._config.policy.num_tasks + 4
         self._progress.update(self._num_done, total, name)
         if not path.exists():
             self._stop.raise_if_set(f"{self._num_done} of {total} evaluations")
@@ -183,6 +201,8 @@ class _Selection:
         members = []
         for index, (evaluation, score) in enumerate(zip(evaluations, scores, strict=True)):
             member: dict[str, Any] = {"member": index, "score": score, "mean_reward": None}
+            if variant := self._config.policy.member(index).variant:
+                member["variant"] = variant
             if num_seeds >= LEAST_SEEDS:
                 member["mean_reward"] = self._interval(evaluation.by_seed()).as_dict()
             members.append(member)
@@ -202,6 +222,8 @@ class _Selection:
                 "mean_reward": self._interval(by_seed[name]).as_dict(),
                 "reward_by_step": evaluation.reward_by_step,
                 "operations_by_step": evaluation.operations_by_step,
+                "operations_by_kind": evaluation.operations_by_kind,
+                "saturated_share": saturated_share(evaluation.verdicts),
                 "zero_reasons": evaluation.zero_reasons,
                 "by_seed": by_seed[name].tolist(),
             }

@@ -19,7 +19,7 @@ from teams_hpc.policy.attempts import begin_attempt
 from teams_hpc.policy.checkpoint import Checkpoint
 from teams_hpc.policy.environment import World
 from teams_hpc.policy.learner import Learner
-from teams_hpc.policy.setting import build_world, loaded_engines, seeds_by_split
+from teams_hpc.policy.setting import build_world, loaded_engines, make_observer, seeds_by_split
 from teams_hpc.policy.vec_env import RewritingVecEnv
 from teams_hpc.rewriting.reviewer import SANITY_ACCURACY, SANITY_CALLS, sanity_accuracy
 from teams_hpc.rewriting.seeds import Seed
@@ -53,10 +53,12 @@ def train_member(run_dir: RunDir, config: Config, index: int, stop: StopFlag) ->
         SeedError: No seed fell into the split that the policy is trained on.
         EngineError: A model can't be loaded or failed.
     """
-    if not 0 <= index < config.policy.num_members:
+    policy = config.policy
+    if not 0 <= index < policy.num_tasks:
+        of_variants = f" for each of {len(policy.variants)} policy.variants"
         raise UsageError(
-            f"policy member {index} doesn't exist; policy.num_members is "
-            f"{config.policy.num_members}, so the last is {config.policy.num_members - 1}"
+            f"policy member {index} doesn't exist; policy.num_members is {policy.num_members}"
+            f"{of_variants if policy.variants else ''}, so the last is {policy.num_tasks - 1}"
         )
     folder = run_dir.member(index)
     with Lease(run_dir.leases / f"policy-{index:03d}", config.site.lease_s) as lease:
@@ -81,12 +83,15 @@ def _train(
 ) -> None:
     seeds = _training_seeds(config)
     ledger = Ledger()
-    world = build_world(config, engines, ledger)
+    plan = config.policy.member(index)
+    observer = make_observer(plan.settings, engines[0])
+    world = build_world(config, engines, ledger, observer)
     engine_threads = th.get_num_threads() if any(engine.is_model for engine in engines) else 1
     # More threads than one would slow so small a network down, and change its last bits.
     th.set_num_threads(1)
     environment = RewritingVecEnv(world, seeds, engine_threads)
-    learner = Learner(environment, config.policy, (config.seed, "policy", index))
+    run_seed = config.seed if plan.seed is None else plan.seed
+    learner = Learner(environment, plan.settings, (run_seed, "policy", plan.number))
     member = _Member(run_dir.member(index), config, index, world, learner)
     member.resume()
     progress = Progress(run_dir.progress(f"policy-{index:03d}"), unit="iterations")
@@ -215,10 +220,8 @@ class _Member:
     def finish(self, num_seeds: int) -> None:
         """Export the policy and write the result, last."""
         folder = self._folder
-        observation = self._config.policy.observation
-        self._learner.export({"observation": observation, "member": str(self._index)}).save(
-            folder / "policy.safetensors"
-        )
+        metadata = {**self._world.observer.metadata(), "member": str(self._index)}
+        self._learner.export(metadata).save(folder / "policy.safetensors")
         rewards = [line["mean_reward"] for line in read_metrics(self._metrics_path)]
         final = rewards[-_FINAL_ITERATIONS:]
         files = ("policy.safetensors", "metrics.jsonl")
@@ -226,6 +229,7 @@ class _Member:
             folder / "result.json",
             {
                 "member": self._index,
+                **self._variant(),
                 "iterations": self.iteration,
                 "num_seeds": num_seeds,
                 "mean_reward_first": rewards[0],
@@ -236,10 +240,15 @@ class _Member:
             },
         )
 
+    def _variant(self) -> dict[str, str]:
+        """Which variant it belongs to, if there are any."""
+        variant = self._config.policy.member(self._index).variant
+        return {"variant": variant} if variant else {}
+
 
 def _finish_stage(run_dir: RunDir, config: Config) -> None:
     """Write the manifest if every member is done; two members that both do write the same."""
-    folders = [run_dir.member(index) for index in range(config.policy.num_members)]
+    folders = [run_dir.member(index) for index in range(config.policy.num_tasks)]
     if read_manifest(run_dir, "policy") is not None:
         return
     if not all((folder / "result.json").exists() for folder in folders):

@@ -1,6 +1,7 @@
 """The world as a stable-baselines3 `VecEnv`: one step is one batch of calls over all episodes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from teams_hpc.policy.environment import Episode, Key, World
 from teams_hpc.policy.tally import Tally
 from teams_hpc.rewriting.identity import keyed_seed
-from teams_hpc.rewriting.observation import observation_size
 from teams_hpc.rewriting.operations import OPERATIONS
 from teams_hpc.rewriting.seeds import Seed
 
@@ -32,7 +32,7 @@ class RewritingVecEnv(VecEnv):  # type: ignore[misc]  # stable-baselines3 is not
     """
 
     def __init__(self, world: World, seeds: Sequence[Seed], engine_threads: int = 1) -> None:
-        size = observation_size(world.settings.observation)
+        size = world.observer.size
         super().__init__(
             num_envs=world.settings.num_envs,
             observation_space=spaces.Box(-np.inf, np.inf, (size,), np.float32),
@@ -66,7 +66,8 @@ class RewritingVecEnv(VecEnv):  # type: ignore[misc]  # stable-baselines3 is not
         return Episode.begin(key, self._seeds_to_draw[drawn])
 
     def _observations(self) -> NDArray[np.float32]:
-        return np.stack([episode.observation(self._settings) for episode in self._episodes])
+        with self._engines_at_work():
+            return np.stack([self._world.observation(episode) for episode in self._episodes])
 
     def step_async(self, actions: NDArray[np.int64]) -> None:
         self._actions = actions
@@ -80,7 +81,8 @@ class RewritingVecEnv(VecEnv):  # type: ignore[misc]  # stable-baselines3 is not
             EngineError: An engine failed.
         """
         operations = self._actions.tolist()
-        outcomes = self._step_world(operations)
+        with self._engines_at_work():
+            outcomes = self._world.step(self._episodes, operations)
         self.tally.add(operations, outcomes)
         observations = self._observations()
         infos: list[dict[str, Any]] = [{} for _ in self._episodes]
@@ -95,13 +97,16 @@ class RewritingVecEnv(VecEnv):  # type: ignore[misc]  # stable-baselines3 is not
         rewards = np.array([outcome.reward for outcome in outcomes], dtype=np.float32)
         return observations, rewards, np.full(self.num_envs, is_over), infos
 
-    def _step_world(self, operations: list[int]) -> list[Any]:
-        if self._engine_threads == th.get_num_threads():
-            return self._world.step(self._episodes, operations)
+    @contextmanager
+    def _engines_at_work(self) -> Iterator[None]:
+        """With the engines' threads."""
         policy_threads = th.get_num_threads()
+        if self._engine_threads == policy_threads:
+            yield
+            return
         th.set_num_threads(self._engine_threads)
         try:
-            return self._world.step(self._episodes, operations)
+            yield
         finally:
             th.set_num_threads(policy_threads)
 

@@ -196,12 +196,12 @@ def _policy_asks(config: Config, seeds: Sequence[Seed]) -> list[Ask]:
     splits = Counter(split_seeds(seeds, config.seeds, config.seed).values())
     chosen_on = splits["policy_select"] or splits["policy_train"]
     reported = splits["policy_report"] if splits["policy_report"] >= LEAST_SEEDS else 0
-    played = policy.num_members * chosen_on + 3 * reported  # learned, uniform, round-robin
+    played = policy.num_tasks * chosen_on + 3 * reported  # learned, uniform, round-robin
     episodes = {
-        "policy": policy.num_members * policy.iterations * policy.num_envs,
+        "policy": policy.num_tasks * policy.iterations * policy.num_envs,
         "select": played * policy.num_eval_episodes,
     }
-    sanity = {"policy": policy.num_members * SANITY_CALLS, "select": SANITY_CALLS}
+    sanity = {"policy": policy.num_tasks * SANITY_CALLS, "select": SANITY_CALLS}
     length = policy.episode_length
     pairs = length * (length + 1) // 2 if policy.compare_with == "every_earlier" else length
     asks = []
@@ -320,7 +320,7 @@ def _process_seconds(run_dir: RunDir, config: Config, stage: str) -> float | Non
     if progress is None or progress.rate_per_s <= 0:
         return None
     site = config.site
-    counts = {"policy": config.policy.num_members, "generate": site.num_workers}
+    counts = {"policy": config.policy.num_tasks, "generate": site.num_workers}
     ranks = site.ranks_per_worker if stage == "generate" else 1
     return counts.get(stage, 1) * ranks * progress.total / progress.rate_per_s
 

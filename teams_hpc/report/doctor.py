@@ -53,14 +53,19 @@ def _packages(config: Config | None) -> Iterator[Finding]:
 
 def _machine(config: Config | None) -> Iterator[Finding]:
     yield Finding(level="ok", what="python", found=sys.version.split()[0], expected="3.11 or newer")
+    for_each = "some for each process of a run"
     cores = len(os.sched_getaffinity(0))
-    yield Finding(level="ok", what="cores", found=str(cores))
+    yield Finding(level="ok", what="cores", found=str(cores), expected=for_each)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    yield Finding(level="ok", what="memory", found=f"{pages / 2**30:.0f} GiB")
+    found = f"{pages / 2**30:.0f} GiB"
+    yield Finding(level="ok", what="memory", found=found, expected=for_each)
     yield _disk(config)
     allocation = os.environ.get("SLURM_JOB_ID")
     yield Finding(
-        level="ok", what="allocation", found=f"Slurm job {allocation}" if allocation else "none"
+        level="ok",
+        what="allocation",
+        found=f"Slurm job {allocation}" if allocation else "none",
+        expected="any: `submit` asks for its own, `run` works where it is",
     )
 
 
@@ -114,14 +119,14 @@ def _config_findings(config: Config) -> Iterator[Finding]:
     if not faults:
         for line in room_lines(config)[1:]:
             what, _, found = line.strip().partition(": ")
-            yield Finding(level="ok", what=what, found=found)
+            yield Finding(level="ok", what=what, found=found, expected="it fits")
     try:
         seeds = read_seeds(config.seeds.path, config.seeds.limit)
     except TeamsError as error:
-        yield Finding(level="fault", what="seeds", found=str(error))
+        yield Finding(level="fault", what="seeds", found=str(error), expected="one or more")
     else:
         found = f"{len(seeds.seeds)} ({seeds.num_duplicates} duplicates dropped)"
-        yield Finding(level="ok", what="seeds", found=found)
+        yield Finding(level="ok", what="seeds", found=found, expected="one or more")
     for role in ("instructor", "reviewer", "expert"):
         engine = getattr(config, role)
         model = f" {engine.model}" if isinstance(engine, LocalEngineConfig) else ""
@@ -130,6 +135,7 @@ def _config_findings(config: Config) -> Iterator[Finding]:
             level="note" if is_grammar else "ok",
             what=role,
             found=f"{engine.kind}{model}",
+            expected="a model, for real data",
             remedy="a grammar, not a model: for tests and first steps" if is_grammar else "",
         )
 

@@ -30,6 +30,7 @@ _PLACE_OPTIONS = ("partition", "account", "qos", "constraint", "reservation")
 _NEEDED = ("teams-hpc", "torch", "transformers", "deepspeed", "h5py")
 _BUSY = ("are busy", "down, drained or reserved", "Immediate", "didn't answer", "revoked")
 _CLOCK_S = 5.0
+_STARTS = "it starts on every node"
 _MPI_CODE = "from mpi4py import MPI; print('size', MPI.COMM_WORLD.size, flush=True)"
 
 
@@ -146,10 +147,11 @@ def _place_lines(config: Config, answers: Sequence[Answer], token: str) -> Itera
             "run directory on the nodes",
             False,
             f"not seen by {_names(blind)}: {words}",
+            expected="seen by all of them",
             remedy="set run_dir=PATH to a folder that all nodes see (NFS, Lustre, GPFS ...)",
         )
         return
-    yield _line("run directory on the nodes", True, "seen by all of them")
+    yield _line("run directory on the nodes", True, "seen by all of them", expected="the same")
     winners = sum(bool(answer["wins_link"]) for answer in answers)
     renames = all(answer["renames_over"] for answer in answers)
     yield _line(
@@ -201,12 +203,14 @@ def _node_lines(config: Config, spec: JobSpec, answers: Sequence[Answer]) -> Ite
                 f"scratch of {answer['node']}",
                 False,
                 f"{state['folder']}: {state['error']}",
+                expected="a folder to write to",
                 remedy="set site.slurm.scratch to a folder that every node has and you may write",
             )
     free = [answer["scratch"]["free_gb"] for answer in answers if "free_gb" in answer["scratch"]]
     if len(free) == len(answers):
         folder = answers[0]["scratch"]["folder"]
-        yield _line("scratch of the nodes", True, f"{folder}, {min(free):.0f} GB free")
+        found = f"{folder}, {min(free):.0f} GB free"
+        yield _line("scratch of the nodes", True, found, expected="a folder to write to")
     gpus = sorted({str(answer["gpus"]) for answer in answers if answer["gpus"]})
     yield Finding(
         level="ok" if gpus or not spec.gpus_per_node else "note",
@@ -228,15 +232,19 @@ def _container(config: Config, answers: Sequence[Answer]) -> Iterator[Finding]:
     if without:
         found = f"no {container.kind} on {_names(without)}"
         remedy = "name its module in site.slurm.modules (modules are not loaded for this probe)"
-        yield Finding(level="note", what="container runtime", found=found, remedy=remedy)
+        what = "container runtime"
+        yield Finding(level="note", what=what, found=found, expected=_STARTS, remedy=remedy)
     if blind:
         found = f"{container.image} is not seen by {_names(blind)}"
-        yield _line("container image", False, found, remedy="put it where all nodes see it")
+        remedy = "put it where all nodes see it"
+        yield _line("container image", False, found, expected=_STARTS, remedy=remedy)
     if dumb:
         found = f"on {_names(dumb)}: {dumb[0]['container']}"
-        yield _line("container", False, found, remedy="does it hold this package and python3?")
+        remedy = "does it hold this package and python3?"
+        yield _line("container", False, found, expected=_STARTS, remedy=remedy)
     if not (without or blind or dumb):
-        yield _line("container", True, f"{container.kind} starts {container.image.name}")
+        found = f"{container.kind} starts {container.image.name}"
+        yield _line("container", True, found, expected=_STARTS)
 
 
 def _node_packages(config: Config, answers: Sequence[Answer]) -> list[dict[str, str]]:
@@ -251,7 +259,7 @@ def _packages(config: Config, answers: Sequence[Answer]) -> Iterator[Finding]:
     if not found:
         return
     flash = config.sft.attention == "flash_attention_2"
-    for name in (*_NEEDED, "nccl", "flash-attn"):
+    for name in (*_NEEDED, "cuda", "nccl", "flash-attn"):
         versions = sorted({one.get(name, "") for one in found})
         is_needed = name in _NEEDED or (name == "flash-attn" and flash)
         is_good = len(versions) == 1 and bool(versions[0] or not is_needed)
@@ -259,7 +267,8 @@ def _packages(config: Config, answers: Sequence[Answer]) -> Iterator[Finding]:
         remedy = "install the same on all nodes"
         if name == "flash-attn" and flash:
             remedy = "install the extra 'flash', or set sft.attention=sdpa"
-        yield _line(f"{name} on the nodes", is_good, text, remedy=remedy)
+        expected = "the same on all" if is_needed else "the same on all, or none"
+        yield _line(f"{name} on the nodes", is_good, text, expected=expected, remedy=remedy)
 
 
 def _mpi(config: Config, answers: Sequence[Answer], step: Sequence[str]) -> Iterator[Finding]:

@@ -14,11 +14,16 @@ from teams_hpc.cluster.preflight import asked_partitions, slurm_faults
 from teams_hpc.cluster.slurm import scheduler_settings
 from teams_hpc.config import Config
 from teams_hpc.errors import ClusterError, TeamsError
+from teams_hpc.pipeline.forecast import needed_warning_s
 from teams_hpc.pipeline.submit import job_specs
 from teams_hpc.report.doctor_probe import probe_findings
 from teams_hpc.report.finding import Finding, fault_of_line
+from teams_hpc.storage.run_dir import RunDir
 
 _MISSING_SLURM = "site.executor"
+_TOO_LITTLE_GRACE = (
+    "too little time to save: what is left is the last checkpoint (sft.checkpoint_interval_steps)"
+)
 _BLOCKING = (_MISSING_SLURM, "site.slurm", "site.slurm.partition", "site.slurm.account")
 
 
@@ -54,17 +59,19 @@ def _widest(specs: Sequence[JobSpec]) -> JobSpec:
 def _cluster(config: Config, specs: Sequence[JobSpec], faulty: set[str]) -> Iterator[Finding]:
     settings, partitions = scheduler_settings(), read_partitions()
     name = settings.get("ClusterName", "a cluster")
-    yield Finding(level="ok", what="Slurm", found=f"{slurm_version()}, {name}")
+    found = f"{slurm_version()}, {name}"
+    yield Finding(level="ok", what="Slurm", found=found, expected="any recent version")
     if "site.slurm.account" not in faulty:
         yield _account(config)
     seen: set[str] = set()
+    grace_s, _ = needed_warning_s(config, RunDir(config.resolved_run_dir))
     for spec in specs:
         for partition in asked_partitions(config, spec, partitions)[0]:
             if partition.name not in seen:
                 seen.add(partition.name)
                 users = [one for one in specs if one.partition == spec.partition]
                 yield from _partition(partition, users)
-                yield from _preemption(partition, settings)
+                yield from _preemption(partition, settings, grace_s)
     yield _arrays(specs, settings)
     yield _requeue(settings)
     yield _mpi(config, settings)
@@ -112,22 +119,28 @@ def _partition(partition: Partition, specs: Sequence[JobSpec]) -> Iterator[Findi
     )
 
 
-def _preemption(partition: Partition, settings: dict[str, str]) -> Iterator[Finding]:
+def _preemption(
+    partition: Partition, settings: dict[str, str], needed_s: float
+) -> Iterator[Finding]:
+    """What happens to a job that is preempted, and whether it can save before: see `needed_s`."""
     what = f"partition {partition.name}: preemption"
     mode = partition.preempt_mode.split(",")[0] or settings.get("PreemptMode", "OFF")
     if mode == "OFF" or settings.get("PreemptType", "").endswith("none"):
-        yield Finding(level="ok", what=what, found="off: jobs run to their time limit")
+        found = "off: jobs run to their time limit"
+        yield Finding(level="ok", what=what, found=found, expected="any")
         return
     means = {
         "REQUEUE": "Slurm puts the job back into the queue",
         "CANCEL": "the job has to go back by itself within the grace time",
         "SUSPEND": "the job stands still in memory; leases of its tasks run out",
     }
+    is_enough = partition.grace_s > needed_s
     yield Finding(
-        level="ok" if partition.grace_s else "note",
+        level="ok" if is_enough else "note",
         what=what,
         found=f"{mode}, {partition.grace_s} s of grace: {means.get(mode, 'see slurm.conf')}",
-        remedy="" if partition.grace_s else "no time to save: the last checkpoint is what is left",
+        expected=f"more than {needed_s:.0f} s, for a checkpoint of the fine-tuning",
+        remedy="" if is_enough else _TOO_LITTLE_GRACE,
     )
     # SlurmctldParameters=preempt_send_user_signal, by now PreemptParameters=send_user_signal
     if "send_user_signal" not in " ".join(settings.values()):
@@ -135,6 +148,7 @@ def _preemption(partition: Partition, settings: dict[str, str]) -> Iterator[Find
             level="note",
             what=f"{what} warning",
             found="send_user_signal is not set: only TERM is sent",
+            expected="USR2 too",
             remedy="ask your cluster for it, in PreemptParameters (see slurm.conf)",
         )
 
@@ -142,7 +156,7 @@ def _preemption(partition: Partition, settings: dict[str, str]) -> Iterator[Find
 def _arrays(specs: Sequence[JobSpec], settings: dict[str, str]) -> Finding:
     longest = max(len(spec.indices) for spec in specs)
     most = settings.get("MaxArraySize", "")
-    is_split = most.isdecimal() and longest >= int(most)
+    is_split = most.isdecimal() and longest > int(most)
     return Finding(
         level="note" if is_split else "ok",
         what="array limit",

@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from teams_hpc.config import Config, dump_yaml
+from teams_hpc.config import Config, TransformersEngineConfig, dump_yaml
 from teams_hpc.config.digest import file_digest
-from teams_hpc.report import page, sections, story
+from teams_hpc.evaluation.comparison import compare_generations
+from teams_hpc.llm.load import as_embedding_engine, load_engine
+from teams_hpc.report import page, policy_section, sections, story
 from teams_hpc.report.usage import collect_usage
 from teams_hpc.rewriting.seeds import read_seeds
 from teams_hpc.runtime.metrics import Progress, read_metrics
 from teams_hpc.runtime.preemption import StopFlag
-from teams_hpc.storage.atomic import read_json, write_text
+from teams_hpc.storage.atomic import read_json, write_json, write_text
 from teams_hpc.storage.run_dir import RunDir, read_manifest, write_manifest
 
 _NUM_CHAINS = 3
@@ -40,7 +42,7 @@ def render_report(run_dir: RunDir, config: Config) -> Path:
     """Write `report/report.html` from what there is now; returns its path."""
     manifests = {
         stage: read_manifest(run_dir, stage) or {}
-        for stage in ("select", "generate", "dataset", "sft", "evaluate")
+        for stage in ("policy", "select", "generate", "dataset", "sft", "evaluate")
     }
     seeds = read_seeds(config.seeds.path, config.seeds.limit).seeds
     evaluation = manifests["evaluate"]
@@ -51,8 +53,14 @@ def render_report(run_dir: RunDir, config: Config) -> Path:
     parts = [
         _header(config, manifests),
         sections.roles_section(config, manifests["generate"]),
-        story.policy_section(manifests["select"], curves),
+        policy_section.policy_section(
+            manifests["policy"],
+            manifests["select"],
+            curves,
+            is_graded=config.reviewer.verdict == "likelihood",
+        ),
         story.generation_section(manifests["generate"]),
+        policy_section.generations_section(_comparison(run_dir)),
         story.example_chains(run_dir.shard(0), {seed.id: seed for seed in seeds}, _NUM_CHAINS),
         _dataset_section(manifests["dataset"]),
         story.lengths_section(seeds, run_dir),
@@ -67,6 +75,34 @@ def render_report(run_dir: RunDir, config: Config) -> Path:
     ]
     write_text(run_dir.report, page.document(f"{config.name}: report", page.join(parts)))
     return run_dir.report
+
+
+def compare_with(run_dir: RunDir, config: Config, other: RunDir) -> None:
+    """Compare the generation with that of another run; reports from now on show it.
+
+    Raises:
+        UsageError: The two can't be compared.
+        EngineError: The instructor, whose hidden states measure the spread, can't be loaded.
+    """
+    is_local = isinstance(config.instructor, TransformersEngineConfig)
+    engine = load_engine(config.instructor) if is_local else None
+    try:
+        found = compare_generations(
+            run_dir,
+            other,
+            num_bootstrap=config.policy.num_bootstrap,
+            seed=config.seed,
+            eyes=as_embedding_engine(engine) if engine else None,
+        )
+    finally:
+        if engine is not None:
+            engine.close()
+    run_dir.comparison.parent.mkdir(exist_ok=True)
+    write_json(run_dir.comparison, {"other": other.root.name, **found})
+
+
+def _comparison(run_dir: RunDir) -> dict[str, Any]:
+    return dict(read_json(run_dir.comparison)) if run_dir.comparison.exists() else {}
 
 
 def _roc_curves(run_dir: RunDir) -> dict[str, Any]:

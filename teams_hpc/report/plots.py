@@ -48,8 +48,12 @@ def lines(
     y_label: str,
     levels: Mapping[str, float] | None = None,
     markers: Set[str] = frozenset(),
+    are_shares: bool = False,
 ) -> str:
-    """Curves, with dashed horizontal lines for `levels`; names in `markers` get points."""
+    """Curves, with dashed horizontal lines for `levels`; names in `markers` get points.
+
+    Shares are drawn between 0 and 1, whatever part of that they take.
+    """
     with mpl.rc_context(_STYLE):
         figure, axes = _figure()
         for number, (name, (x, y)) in enumerate(series.items()):
@@ -61,6 +65,8 @@ def lines(
             dashes = ("--", ":", "-.")[number % 3]
             axes.axhline(level, color="#555b63", linestyle=dashes, linewidth=1.2, label=name)
         axes.set(xlabel=x_label, ylabel=y_label)
+        if are_shares:
+            axes.set_ylim(-0.02, 1.02)
         axes.legend(loc="best", fontsize=8.5)
         return _svg(figure)
 
@@ -77,6 +83,21 @@ def stacked_bars(
             floor = [low + value for low, value in zip(floor, values, strict=True)]
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.grid(visible=False, axis="x")
+        figure.legend(loc="outside right upper", fontsize=8.5)
+        return _svg(figure)
+
+
+def stacked_rows(rows: Sequence[str], parts: Mapping[str, Sequence[float]], *, x_label: str) -> str:
+    """One horizontal bar for each row, split into parts; for names too long to stand below bars."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(height=0.9 + 0.3 * max(1, len(rows)))
+        start = [0.0] * len(rows)
+        for number, (name, values) in enumerate(parts.items()):
+            axes.barh(rows, values, left=start, label=name, color=PALETTE[number], height=0.7)
+            start = [low + value for low, value in zip(start, values, strict=True)]
+        axes.set(xlabel=x_label)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
         figure.legend(loc="outside right upper", fontsize=8.5)
         return _svg(figure)
 

@@ -1,11 +1,11 @@
-"""The sections of the report about policy, generation and example chains."""
+"""The sections of the report about generation and example chains."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from teams_hpc.report.page import Html, figure, join, section, table, tag, text
-from teams_hpc.report.plots import bars, histograms, lines, stacked_bars
+from teams_hpc.report.plots import bars, histograms
 from teams_hpc.rewriting.elimination import REASONS
 from teams_hpc.rewriting.operations import OPERATIONS
 from teams_hpc.rewriting.seeds import Seed
@@ -15,7 +15,7 @@ from teams_hpc.storage.shards import Status, Table
 Manifest = Mapping[str, Any]
 Row = dict[str, Any]
 
-_RULES = {
+RULES = {
     "equal": "rule 1: the reviewer says Equal",
     "refusal": "rule 2: a refusal",
     "empty_answer": "rule 3: only stop words and punctuation",
@@ -38,87 +38,12 @@ _CHAIN_COLUMNS = (
 )
 
 
-def policy_section(select: Manifest, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html:
-    """Reward curves of the members, and the chosen one against the baselines.
-
-    Args:
-        select: Manifest of the stage `select`.
-        curves: Lines of `metrics.jsonl` by member.
-    """
-    if not select:
-        return Html("")
-    series = {
-        name: ([m["iteration"] for m in metrics], [m["mean_reward"] for m in metrics])
-        for name, metrics in curves.items()
-    }
-    report = select["report"]
-    levels = {
-        name.replace("_", "-"): report["policies"][name]["mean_reward"]["value"]
-        for name in ("uniform", "round_robin")
-        if report["policies"]
-    }
-    parts: list[object] = [
-        figure(
-            lines(series, x_label="iteration", y_label="mean reward a step", levels=levels),
-            "Training reward of each member (sampled actions, training seeds); dashed: baselines "
-            "on the report seeds.",
-        )
-    ]
-    parts += _policy_tables(select)
-    return section("The policy", *parts)
-
-
-def _policy_tables(select: Manifest) -> Iterator[Html]:
-    report = select["report"]
-    if not report["policies"]:
-        yield tag("p", report["note"], "warning")
-        return
-    rows = [
-        (name.replace("_", "-"), _three_digits(found["mean_reward"]))
-        for name, found in report["policies"].items()
-    ]
-    yield tag(
-        "p",
-        f"Member {select['chosen']} was chosen on {select['select']['num_seeds']} seeds and is "
-        f"measured here on {report['num_seeds']} others, {report['num_episodes']} episodes each, "
-        "against baselines on the same seeds and keys. Intervals: paired bootstrap over seeds.",
-    )
-    yield table(("policy", "mean reward a step (95 %)"), rows)
-    rows = [
-        (f"learned - {name.replace('_', '-')}", _three_digits(found))
-        for name, found in report["differences"].items()
-    ]
-    yield table(("difference", "(95 %)"), rows)
-    mix = report["policies"]["learned"]["operations_by_step"]
-    steps = [str(step) for step in range(1, len(mix) + 1)]
-    shares = {
-        str(name): [_share(step, code) for step in mix] for code, name in enumerate(OPERATIONS)
-    }
-    yield figure(
-        stacked_bars(steps, shares, x_label="step of the episode", y_label="share"),
-        "Which operations the chosen policy takes, by step, on the report seeds.",
-    )
-    yield tag(
-        "p",
-        f"Reviewer sanity set: {select['sanity_accuracy']:.2f} right (0.8 is needed). Saturated "
-        f"verdicts: {100 * select['saturated_share']:.0f} %.",
-    )
-
-
-def _share(counts: Sequence[int], code: int) -> float:
-    return counts[code] / max(1, sum(counts))
-
-
-def _three_digits(interval: Mapping[str, float]) -> str:
-    return f"{interval['value']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
-
-
 def generation_section(generate: Manifest) -> Html:
     """What became of every attempted step."""
     if not generate:
         return Html("")
     counts = generate["counts"]
-    eliminated = {_RULES[name]: float(n) for name, n in counts["eliminated"].items() if n}
+    eliminated = {RULES[name]: float(n) for name, n in counts["eliminated"].items() if n}
     values = {"kept": float(counts["kept"]), **eliminated, "failed": float(counts["failed"])}
     compliance = [
         (name, found["kept_rule"], found["judged"], found["kept_rule"] / max(1, found["judged"]))
@@ -183,7 +108,7 @@ def _step(row: Row) -> Html:
     operation = str(OPERATIONS[row["operation"]]).replace("_", " ")
     reason = str(REASONS[row["reason"]])
     is_kept = row["status"] == Status.KEPT
-    label = operation if is_kept else f"{operation}: dropped, {_RULES.get(reason, reason)}"
+    label = operation if is_kept else f"{operation}: dropped, {RULES.get(reason, reason)}"
     parts: list[object] = [tag("span", label, "label" if is_kept else "label dropped")]
     if row["verdict_score"] == row["verdict_score"]:
         parts.append(text(f"P(Not Equal) {row['verdict_score']:.2f}"))

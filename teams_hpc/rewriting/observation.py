@@ -4,14 +4,14 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from teams_hpc.config.policy import ObservationKind
+from teams_hpc.rewriting.embedding import EMBEDDING_SCHEMA, InstructionEmbedding
+from teams_hpc.rewriting.kinds import CODE_WORDS, FAMILIES, first_family
 from teams_hpc.rewriting.operations import OPERATIONS, Operation
-
-ObservationKind = Literal["features", "one_hot"]
 
 _BREADTH = OPERATIONS.index(Operation.BREADTH)
 _NUM = len(OPERATIONS)
@@ -50,24 +50,6 @@ class History:
         )
 
 
-# Families of first words; an instruction's first few words tell what kind it is.
-_FAMILIES = {
-    "question": "what why how who when where which is are do does did can could should would",
-    "explain": "explain describe discuss outline define clarify tell state illustrate",
-    "write": "write compose draft create invent imagine",
-    "list": "list name give suggest recommend plan design organise organize propose arrange",
-    "transform": "translate rewrite convert change correct edit paraphrase shorten simplify turn",
-    "classify": "classify identify label sort categorise categorize rate extract find decide",
-    "compute": "calculate compute solve estimate prove determine evaluate simplify",
-    "compare": "compare contrast rank weigh choose",
-    "summarise": "summarise summarize condense abstract",
-}
-_FIRST_WORDS = {
-    word: number for number, words in enumerate(_FAMILIES.values()) for word in words.split()
-}
-_CODE_WORDS = frozenset(
-    "function python code sql program script regex bash algorithm class".split()
-)
 _STEP_PHRASES = ("step by step", "step-by-step", "numbered step", "show your", "show all",
                  "show each")  # fmt: skip
 _DATA_WORDS = frozenset(("json", "table", "csv"))
@@ -76,12 +58,15 @@ _LIMIT_PHRASES = ("at most", "at least", "fewer than", "no more than")
 _DIGIT = re.compile(r"\d")
 _WORDS = re.compile(r"[a-z']+")
 
-FEATURE_NAMES = (
+HISTORY_NAMES = (
     "step",
     *(f"last_{name}" for name in OPERATIONS),
     *(f"count_{name}" for name in OPERATIONS),
     *(f"since_breadth_{name}" for name in OPERATIONS),
-    *(f"kind_{name}" for name in _FAMILIES),
+)
+FEATURE_NAMES = (
+    *HISTORY_NAMES,
+    *(f"kind_{name}" for name in FAMILIES),
     "words",
     "question_mark",
     "digits",
@@ -94,45 +79,95 @@ FEATURE_NAMES = (
 )
 
 
-def observation_size(kind: ObservationKind) -> int:
-    """Length of an observation."""
-    return len(FEATURE_NAMES) if kind == "features" else _NUM
+def observation_size(kind: ObservationKind, embedding_size: int = 0) -> int:
+    """Length of an observation; `embedding_size` counts for `embedding` alone."""
+    sizes = {
+        "features": len(FEATURE_NAMES),
+        "one_hot": _NUM,
+        "embedding": len(HISTORY_NAMES) + embedding_size,
+    }
+    return sizes[kind]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observer:
+    """Makes observations of one kind; a pure function of what it is shown.
+
+    Attributes:
+        kind: `features`: history and instruction; `one_hot`: the last operation, as published;
+            `embedding`: history and where the instruction lies in the instructor's hidden states.
+        episode_length: Scale for counts and steps.
+        embedding: For `embedding`.
+    """
+
+    kind: ObservationKind
+    episode_length: int
+    embedding: InstructionEmbedding | None = None
+
+    @property
+    def size(self) -> int:
+        """Length of an observation."""
+        return observation_size(self.kind, self.embedding.size if self.embedding else 0)
+
+    def metadata(self) -> dict[str, str]:
+        """What a policy file says of the observations its policy takes."""
+        if self.embedding is None:
+            return {"observation": self.kind}
+        return {
+            "observation": self.kind,
+            "embedding_schema": str(EMBEDDING_SCHEMA),
+            "embedding_size": str(self.embedding.size),
+            "embedding_model": self.embedding.content_id,
+        }
+
+    def observe(self, instruction: str, input_text: str, history: History) -> NDArray[np.float32]:
+        """What the policy sees before it chooses, (n,), each number between -1 and 1."""
+        if self.kind != "embedding":
+            return observe(self.kind, instruction, input_text, history, self.episode_length)
+        assert self.embedding is not None
+        seen = _history_features(history, self.episode_length)
+        return np.concatenate([np.array(seen, dtype=np.float32), self.embedding.of(instruction)])
 
 
 def observe(
     kind: ObservationKind, instruction: str, input_text: str, history: History, episode_length: int
 ) -> NDArray[np.float32]:
-    """What the policy sees before it chooses, (n,), each number between 0 and 1.
+    """What a policy without embedding sees, (n,), each number between 0 and 1.
 
     Args:
-        kind: `features`: history and instruction; `one_hot`: the last operation, as published.
+        kind: `features` or `one_hot`.
         instruction: The present text.
         input_text: The input that belongs to it.
         history: Of the chain.
         episode_length: Scale for counts and steps.
     """
-    last = [float(code == history.last) for code in range(_NUM)]
     if kind == "one_hot":
-        return np.array(last, dtype=np.float32)
+        return np.array(_last(history), dtype=np.float32)
     values = [
-        min(1.0, history.step / episode_length),
-        *last,
-        *(min(1.0, n / episode_length) for n in history.counts),
-        *(min(1.0, float(n)) for n in history.since_breadth),
+        *_history_features(history, episode_length),
         *_kind(instruction),
         *_text_features(instruction, input_text),
     ]
     return np.array(values, dtype=np.float32)
 
 
+def _last(history: History) -> list[float]:
+    return [float(code == history.last) for code in range(_NUM)]
+
+
+def _history_features(history: History, episode_length: int) -> list[float]:
+    return [
+        min(1.0, history.step / episode_length),
+        *_last(history),
+        *(min(1.0, n / episode_length) for n in history.counts),
+        *(min(1.0, float(n)) for n in history.since_breadth),
+    ]
+
+
 def _kind(instruction: str) -> list[float]:
-    """One for each family whose word stands first among the first eight."""
-    found = [0.0] * len(_FAMILIES)
-    for word in _WORDS.findall(instruction[:80].lower())[:8]:
-        if word in _FIRST_WORDS:
-            found[_FIRST_WORDS[word]] = 1.0
-            break
-    return found
+    """One for the family of the first telling word."""
+    found = first_family(instruction)
+    return [float(name == found) for name in FAMILIES]
 
 
 def _text_features(instruction: str, input_text: str) -> list[float]:
@@ -143,7 +178,7 @@ def _text_features(instruction: str, input_text: str) -> list[float]:
         _log_count(instruction),
         float("?" in low),
         float(_DIGIT.search(low) is not None),
-        float(not words.isdisjoint(_CODE_WORDS) or _has_any(low, "{};=")),
+        float(not words.isdisjoint(CODE_WORDS) or _has_any(low, "{};=")),
         float("steps" in words or _has_any(low, _STEP_PHRASES)),
         float(not words.isdisjoint(_DATA_WORDS) or _has_any(low, ("```", "{", "|"))),
         float(not words.isdisjoint(_LIMIT_WORDS) or _has_any(low, _LIMIT_PHRASES)),

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from teams_hpc.config.policy import ObservationKind
 from teams_hpc.errors import CorruptFileError
-from teams_hpc.rewriting.observation import History, ObservationKind, observation_size
+from teams_hpc.rewriting.embedding import EMBEDDING_SCHEMA
+from teams_hpc.rewriting.observation import History, observation_size
 from teams_hpc.rewriting.operations import OPERATIONS
 from teams_hpc.storage.atomic import replacing
 from teams_hpc.storage.tensor_file import in_fixed_order
@@ -57,7 +59,8 @@ class MlpPolicy:
     Attributes:
         weights: `hidden_0.weight` (h, n), `hidden_0.bias` (h,), the same for `hidden_1` (h, h),
             `head.weight` (6, h) and `head.bias` (6,); float64.
-        metadata: Text stored with them; `observation` names the kind of observation.
+        metadata: Text stored with them; `observation` names the kind of observation, and where
+            that is `embedding`, `embedding_model` and `embedding_size` tell of what.
     """
 
     weights: Mapping[str, Floats]
@@ -107,11 +110,23 @@ class MlpPolicy:
                 f"{path}: its policy takes observation {kind!r}, not one of "
                 f"{', '.join(get_args(ObservationKind))}"
             )
-        _check_tensors(path, weights, observation_size(cast(ObservationKind, kind)))
+        size = _embedding_size(path, metadata) if kind == "embedding" else 0
+        _check_tensors(path, weights, observation_size(cast(ObservationKind, kind), size))
         return cls(
             weights={name: value.astype(np.float64) for name, value in weights.items()},
             metadata=metadata,
         )
+
+
+def _embedding_size(path: Path, metadata: Mapping[str, str]) -> int:
+    size = metadata.get("embedding_size", "")
+    if not size.isdecimal() or metadata.get("embedding_schema") != str(EMBEDDING_SCHEMA):
+        raise CorruptFileError(
+            f"{path}: its policy takes embeddings of size {size or 'unknown'} and schema "
+            f"{metadata.get('embedding_schema', 'unknown')}; this version makes schema "
+            f"{EMBEDDING_SCHEMA}; run again with --rerun-from policy"
+        )
+    return int(size)
 
 
 def _check_tensors(path: Path, weights: Mapping[str, Floats], size: int) -> None:

@@ -60,7 +60,8 @@ def _with_input(instruction: str, input_text: str) -> str:
     return f"{instruction}\n{input_text}" if input_text else instruction
 
 
-def _messages(pair: Pair) -> tuple[Message, ...]:
+def verdict_messages(pair: Pair) -> tuple[Message, ...]:
+    """What the reviewer is asked about a pair."""
     content = (
         "Do you think that the two instructions below are equal to each other? They are equal if "
         "they have the same constraints and requirements, and the same depth and breadth of "
@@ -139,7 +140,7 @@ class Reviewer:
 
     def _score(self, pairs: Sequence[Pair]) -> list[Verdict]:
         requests = [
-            ScoreRequest(messages=_messages(pair), task=_task(pair), options=OPTIONS)
+            ScoreRequest(messages=verdict_messages(pair), task=_task(pair), options=OPTIONS)
             for pair in pairs
         ]
         scores = self.engine.score(requests)
@@ -152,7 +153,7 @@ class Reviewer:
         requests = [
             Request(
                 id=pair.request_id or str(number),
-                messages=_messages(pair),
+                messages=verdict_messages(pair),
                 task=_task(pair),
                 seed=pair.seed,
             )

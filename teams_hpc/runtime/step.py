@@ -190,7 +190,8 @@ def joined_step(ranks: Ranks, *, needs_mpi: bool) -> Iterator[Step]:
         raise UsageError(
             f"this MPI can't share memory between the processes of this step ({error}). Between "
             "nodes Open MPI 4 needs UCX for that: set OMPI_MCA_osc=ucx, OMPI_MCA_pml_ucx_tls=any "
-            "and OMPI_MCA_pml_ucx_devices=any in site.slurm.environment, or unset site.slurm.mpi"
+            "and OMPI_MCA_pml_ucx_devices=any in site.slurm.environment, or leave site.slurm.mpi "
+            "out"
         ) from error
     _log.info("MPI joined %d processes", step.size)
     try:

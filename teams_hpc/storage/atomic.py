@@ -41,6 +41,17 @@ def naming_disk_faults(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an `OSError` say which file it is about; that of a full disk doesn't by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -68,10 +79,11 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_path(path)
     try:
-        yield temporary
-        _fsync_file(temporary)
-        temporary.replace(path)
-        fsync_folder(path.parent)
+        with _naming(path):
+            yield temporary
+            _fsync_file(temporary)
+            temporary.replace(path)
+            fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -183,8 +183,8 @@ class Lease:
     def _is_stale(self, holder: Holder, beat: int) -> bool:
         if holder.is_an_earlier_start_of(Holder.me()):
             return True
-        if holder.is_on_this_host():
-            return not holder.is_alive_here()
+        if holder.is_on_this_host() and not holder.is_alive_here():
+            return True
         now = time.monotonic()
         if self._seen is None or self._seen[:2] != (holder.token, beat):
             self._seen = (holder.token, beat, now)

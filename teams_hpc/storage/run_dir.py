@@ -140,6 +140,11 @@ class RunDir:
     def report(self) -> Path:
         return self.root / "report" / "report.html"
 
+    @property
+    def comparison(self) -> Path:
+        """This run's generation against another's, if somebody asked for that."""
+        return self.root / "report" / "comparison.json"
+
     def stage_dir(self, stage: str) -> Path:
         return self.root / stage
 

@@ -31,7 +31,9 @@ def command(folder: Path, *words: str, **environment: str) -> tuple[int, str]:
 def test_help_teaches_every_command(tmp_path: Path) -> None:
     code, output = command(tmp_path, "--help")
     assert code == 0
-    names = "run forecast stage status report verify export inspect doctor"
+    names = (
+        "run submit forecast stage status logs cancel report verify export inspect doctor config"
+    )
     for name in names.split():
         assert name in output
     assert "144" in output
@@ -72,8 +74,13 @@ def test_bad_seeds_are_refused_with_their_line(tmp_path: Path, name: str) -> Non
         (["evaluate.lm_eval_path=nowhere"], "evaluate.lm_eval_path: no folder"),
         (["dataset.decontaminate=[nowhere.txt]"], "dataset.decontaminate: no file"),
         (["site.executor=slurm"], "not inside an allocation"),
+        (["site.num_sft_ranks=3", "sft.global_batch_rows=8"], "can't be shared equally by 3"),
         (["--rerun-from", "training"], "no stage 'training'"),
-        (["run_dir=/proc/none/here"], "run_dir"),
+        (["run_dir=/proc/none/here"], "run_dir: can't write /proc/none"),
+        (['run_dir="a\\0b"'], "NUL"),
+        (["run_dir=" + 300 * "a"], "longer than the file system takes"),
+        (["seeds.path=" + 300 * "a"], "longer than the file system takes"),
+        (["run_dir=~nobody-of-that-name/run"], "no such home"),
     ],
 )
 def test_bad_configuration_is_refused_before_anything_is_written(
@@ -85,6 +92,52 @@ def test_bad_configuration_is_refused_before_anything_is_written(
     assert len(output.splitlines()) <= 12
     assert "Traceback" not in output
     assert list(tmp_path.iterdir()) == []
+
+
+FILES_OF_A_MODEL = {"config.json": "{}", "model.safetensors": "", "tokenizer.json": "{}"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"config.json": None}, "has no config.json"),
+        ({"config.json": "{"}, "config.json is damaged"),
+        ({"config.json": "[]"}, "config.json is damaged"),
+        ({"model.safetensors": None}, "has no *.safetensors"),
+        ({"tokenizer.json": None}, "has no tokenizer"),
+    ],
+)
+@pytest.mark.parametrize("key", ["expert.model", "sft.model"])
+def test_half_a_model_is_refused_before_hours_of_work(
+    tmp_path: Path, key: str, files: dict[str, str | None], expected: str
+) -> None:
+    (tmp_path / "half").mkdir()
+    for name, text in (FILES_OF_A_MODEL | files).items():
+        if text is not None:
+            (tmp_path / "half" / name).write_text(text)
+    kind = ["expert.kind=transformers"] if key == "expert.model" else []
+    code, output = command(tmp_path, "run", str(QUICKSTART), *kind, f"{key}=half")
+    assert code == 2, output
+    assert f"{key}: {tmp_path}/half" in output
+    assert expected in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_disk_without_room_for_the_first_file_is_no_place_for_a_run(tmp_path: Path) -> None:
+    """The limit on the size of files stands for a full disk: it takes names, but no bytes."""
+    words = ("run", str(QUICKSTART))
+    done = subprocess.run(
+        ("sh", "-c", 'ulimit -f 0; exec "$@"', "-", sys.executable, "-m", "teams_hpc", *words),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: run_dir: can't write {tmp_path}/runs/")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_missing_key_is_named_and_a_file_in_the_way_too(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from teams_hpc.rewriting.observation import observation_size
 from teams_hpc.rewriting.operation_policy import MlpPolicy
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.atomic import write_json, write_text
+from teams_hpc.storage.journal import read_journal, unit_of
 from teams_hpc.storage.run_dir import RunDir, read_manifest
 from teams_hpc.storage.shards import Status, Table
 
@@ -228,9 +229,10 @@ def test_a_holder_that_stands_still_is_replaced_and_does_no_harm_when_it_wakes(
     run_dir = make_run(tmp_path, site={"lease_s": 2.0, "num_workers": 2})
     sleeper = start(run_dir, 0, delay_s=0.05)
     wait_until(lambda: num_shards(run_dir) >= 2, sleeper)
-    sleeper.send_signal(signal.SIGSTOP)
+    asleep_over = stop_inside_a_unit(run_dir, sleeper)
     [(code, said)] = outcomes([start(run_dir, 1)])
     assert code == 0, said
+    assert run_dir.shard(asleep_over).exists()
     manifest = read_manifest(run_dir, "generate")
     sleeper.send_signal(signal.SIGCONT)
     [(code, said)] = outcomes([sleeper])
@@ -240,6 +242,18 @@ def test_a_holder_that_stands_still_is_replaced_and_does_no_harm_when_it_wakes(
     assert manifest is not None
     assert {**manifest, usage: 0} == {**quiet[1], usage: 0}
     assert leftovers(run_dir) == []
+
+
+def stop_inside_a_unit(run_dir: RunDir, worker: subprocess.Popen[str]) -> int:
+    """SIGSTOP a worker that has calls in flight; returns the unit it holds."""
+    while True:
+        wait_until(lambda: list(run_dir.journal.glob("*.wal")), worker)
+        worker.send_signal(signal.SIGSTOP)
+        for path in run_dir.journal.glob("*.wal"):
+            if not run_dir.shard(unit_of(path)).exists() and read_journal(path).in_doubt:
+                return unit_of(path)
+        worker.send_signal(signal.SIGCONT)  # between two units: nothing to take over
+        time.sleep(0.01)
 
 
 def test_a_stop_is_taken_at_a_safe_point_and_costs_nothing(

@@ -182,8 +182,9 @@ class Undecided(TemplateEngine):
         return [Score(log_probabilities=(-9.0, -0.0), prompt_tokens=1) for _ in requests]
 
 
+@pytest.mark.parametrize("seed", [543, 1, 2])
 def test_where_reward_is_constant_nothing_is_better_and_it_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def load(*configs: object) -> list[TemplateEngine]:
         return [Undecided(TemplateEngineConfig())] * 2
@@ -191,7 +192,7 @@ def test_where_reward_is_constant_nothing_is_better_and_it_says_why(
     monkeypatch.setattr("teams_hpc.policy.setting.load_engines", load)
     # No rewrite is worth nothing: the grammar copies a prompt now and then, so that is allowed.
     monkeypatch.setattr("teams_hpc.rewriting.reviewer.copies_prompt", lambda text, parent: False)
-    run_dir, config = make_run(tmp_path)
+    run_dir, config = make_run(tmp_path, f"seed={seed}")
     with caplog.at_level(logging.WARNING):
         train_member(run_dir, config, 0, StopFlag())
         manifest = select(run_dir, config)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from integration.test_generation import columns, leftovers, make_run, run, spent, usage_of
 
+from teams_hpc.cluster import records
 from teams_hpc.cluster.records import JobRecord, write_record
 from teams_hpc.cluster.slurm import JobState
 from teams_hpc.config import load_resolved
@@ -350,7 +351,7 @@ def test_a_submission_waits_for_jobs_that_read_what_would_be_made_again(
         write_record(run_dir, record)
     states = {"1": "COMPLETED", "2": "RUNNING"}
     jobs = {job: JobState(job_id=job, state=state) for job, state in states.items()}
-    monkeypatch.setattr(submit, "queued_jobs", lambda: jobs)
+    monkeypatch.setattr(records, "queued_jobs", lambda: jobs)
     with pytest.raises(UsageError, match=r"generate and what follows .* \(2\)"):
         submit._refuse_to_move_work(config, run_dir, None)
     del jobs["2"]

@@ -10,14 +10,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from teams_hpc.config import Config, ModelShape, dump_yaml
 from teams_hpc.config.digest import file_digest
@@ -36,6 +42,14 @@ LENGTH, STEPS, BATCH_ROWS, SEED = 64, 50, 8, 11
 NUM_TRAIN, NUM_HELD_OUT = 120, 13
 STOPPED = 144
 TIMEOUT_S = 120.0
+MODEL_FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 MEASURED = {"tokens_per_s", "tokens_per_s_per_process", "peak_memory_gb", "mfu"}
 SHAPE = ModelShape(
     vocab_size=320,
@@ -102,8 +116,9 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class World:
     """Processes that run `teams-hpc stage sft` together on one run directory."""
 
-    def __init__(self, run_dir: RunDir, size: int) -> None:
+    def __init__(self, run_dir: RunDir, size: int, environment: Mapping[str, str]) -> None:
         self.run_dir = run_dir
+        self.environment = environment
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -131,6 +146,7 @@ class World:
                 "LOCAL_WORLD_SIZE": str(size),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
+                **self.environment,
             },
             stdout=subprocess.DEVNULL,
             stderr=log,
@@ -155,11 +171,24 @@ class World:
             assert all(process.poll() is None for process in self.processes), self.wait()
             time.sleep(0.01)
 
+    def wait_for_save(self) -> None:
+        """Until a checkpoint is being written."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not any(half_written(self.run_dir)):
+            assert time.monotonic() < deadline, "no checkpoint"
+            assert all(process.poll() is None for process in self.processes), self.wait()
+            time.sleep(0.001)
+
     def kill(self) -> None:
         for process in self.processes:
             process.kill()
         for process in self.processes:
             process.wait(timeout=10)
+
+
+def half_written(run_dir: RunDir) -> Iterator[Path]:
+    """Checkpoints that have no name yet."""
+    return run_dir.checkpoints.glob(".step-*")
 
 
 Start = Callable[..., World]
@@ -170,12 +199,14 @@ def start() -> Iterator[Start]:
     """Start a world; none outlives the tests."""
     worlds: list[World] = []
 
-    def start_world(run_dir: RunDir, size: int = 2, **sft: Any) -> World:
+    def start_world(
+        run_dir: RunDir, size: int = 2, environment: Mapping[str, str] | None = None, **sft: Any
+    ) -> World:
         config = Config(
             name="tiny", seed=SEED, run_dir=run_dir.root, sft=SFT.model_copy(update=sft)
         )
         write_text(run_dir.config, dump_yaml(config))
-        worlds.append(World(run_dir, size))
+        worlds.append(World(run_dir, size, environment or {}))
         return worlds[-1]
 
     yield start_world
@@ -282,8 +313,19 @@ def test_the_models_load_and_have_the_losses_the_manifest_says(trained: RunDir) 
         assert model.config.vocab_size % 64 == 0
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         assert tokenizer("a bee").input_ids
-        assert (folder / "README.md").read_text().startswith("---")
         assert model.config.use_cache is True
+        # What transformers and vLLM look for; nothing of ZeRO's is left in it.
+        assert {path.name for path in folder.iterdir()} == MODEL_FILES
+        config = read_json(folder / "config.json")
+        assert config["architectures"] == ["LlamaForCausalLM"]
+        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        assert generation.eos_token_id == tokenizer.eos_token_id
+        assert generation.pad_token_id == tokenizer.pad_token_id
+    card = (trained.model / "README.md").read_text()
+    assert card.startswith("---\n")
+    for words in ("## Licence", "a new Llama", "a grammar, no model", str(manifest["digest"])):
+        assert words in card
+    assert f"{NUM_TRAIN} instruction-response pairs" in card
     assert manifest["steps"] == manifest["schedule_steps"] == STEPS
     ends = (manifest["first_loss"], manifest["last_loss"])
     assert ends == (losses(trained)[0], losses(trained)[-1])
@@ -338,27 +380,65 @@ def test_stopped_by_one_rank_killed_and_damaged_it_ends_bit_for_bit_the_same(
     assert not list(run_dir.checkpoints.glob(".*"))
 
 
+def test_it_stops_before_the_slowest_save_would_be_too_late(
+    tmp_path: Path, data_folder: Path, start: Start
+) -> None:
+    run_dir = new_run(tmp_path, data_folder)
+    codes, errors = start(run_dir, size=1, max_steps=2).wait()
+    assert codes == [0], errors
+    manifest = run_dir.checkpoints / "step-000002" / "manifest.json"
+    write_json(manifest, {**read_json(manifest), "save_s": 3600.0})
+    limits = {"TEAMS_HPC_DEADLINE": str(time.time() + 3600), "TEAMS_HPC_WARNING_S": "5"}
+    codes, errors = start(run_dir, size=1, environment=limits).wait()
+    assert codes == [STOPPED], errors
+    assert "the time limit after 2 of 50 steps" in errors
+    assert len(losses(run_dir)) == 2
+
+
 def test_five_kills_at_any_moment_change_nothing(
     trained: RunDir, tmp_path: Path, data_folder: Path, start: Start
 ) -> None:
-    """Some land in a save: a checkpoint follows each step here."""
+    """A checkpoint follows each step here, and some kills wait until one is half written."""
     run_dir = new_run(tmp_path, data_folder)
     moments = random.Random(5)
+    num_cut = 0
     for kill in range(1, 6):
         world = start(run_dir, checkpoint_interval_steps=1)
         world.wait_for_step(3 * kill)
-        time.sleep(moments.uniform(0.0, 0.3))
+        if kill % 2:
+            time.sleep(moments.uniform(0.0, 0.3))
+        else:
+            world.wait_for_save()
         victims = moments.choice((world.processes, [moments.choice(world.processes)]))
         assert all(process.poll() is None for process in world.processes)
         for process in victims:
             process.kill()
         victims[0].wait(timeout=10)
         world.kill()
+        num_cut += any(half_written(run_dir))
         saved = max(path.name for path in run_dir.checkpoints.glob("step-*"))
         assert int(saved.removeprefix("step-")) >= len(losses(run_dir)) - 1
+    assert num_cut >= 2
     codes, errors = start(run_dir, checkpoint_interval_steps=1).wait()
     assert codes == [0, 0], errors
     _same_result(run_dir, trained)
+
+
+def test_in_bfloat16_a_killed_run_ends_bit_for_bit_the_same(
+    tmp_path: Path, data_folder: Path, start: Start
+) -> None:
+    settings = {"dtype": "bfloat16", "max_steps": 14, "eval_interval_steps": 7}
+    calm, run_dir = (new_run(tmp_path / name, data_folder) for name in ("calm", "killed"))
+    codes, errors = start(calm, **settings).wait()
+    assert codes == [0, 0], errors
+    killed = start(run_dir, **settings)
+    killed.wait_for_step(10)
+    killed.kill()
+    codes, errors = start(run_dir, **settings).wait()
+    assert codes == [0, 0], errors
+    assert "going on from step" in errors
+    assert len(losses(run_dir)) == 14
+    _same_result(run_dir, calm)
 
 
 def reshape(run_dir: RunDir, size: int) -> str:
@@ -523,6 +603,10 @@ def test_a_loss_that_is_no_number_names_the_step_and_is_not_saved(
     last_words = (run_dir.metrics / "sft.error.txt").read_text()
     assert "sft.learning_rate" in last_words
     step = int(last_words.partition("step ")[2].partition(":")[0])
+    rows = PackedRows.open(run_dir.packed_rows, "train", LENGTH)
+    batch = RowOrder(len(rows), SEED).rows((step - 1) * BATCH_ROWS, BATCH_ROWS)
+    assert f"packed rows {', '.join(map(str, batch))}. " in last_words
+    assert f"The checkpoint of step {step - 1} is kept" in last_words
     assert all(int(path.name[5:]) < step for path in run_dir.checkpoints.glob("step-*"))
     assert all(math.isfinite(loss) for loss in losses(run_dir))
     assert read_manifest(run_dir, "sft") is None

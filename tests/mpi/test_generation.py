@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from mpi.launch import environment, expert_calls, make_run, manifest, mpiexec, run_ranks
+from teams_hpc.generation.usage import generation_usage
 from teams_hpc.storage.run_dir import RunDir
 
+UNIT_SIZE = 4
 # `teams-hpc stage generate`, with an expert that takes its time.
 SLOW = """
 import sys, time
@@ -61,6 +64,22 @@ def start(size: int, root: Path, *words: str) -> subprocess.Popen[bytes]:
     )
 
 
+@dataclass(frozen=True)
+class World:
+    """Processes of one start: joined by MPI, or bare ones, which share the work by claims alone."""
+
+    name: str
+    size: int
+
+    def start(self, root: Path) -> list[subprocess.Popen[bytes]]:
+        if self.name == "mpiexec":
+            return [start(self.size, root)]
+        return [start(1, root, "--index", str(index)) for index in range(self.size)]
+
+
+WORLDS = (World("mpiexec", 2), World("bare", 1), World("mpiexec", 4), World("bare", 3))
+
+
 def ranks_of(root: Path) -> list[int]:
     """Processes that work on this run, launchers left out."""
     found = []
@@ -78,55 +97,101 @@ def ranks_of(root: Path) -> list[int]:
     return found
 
 
+def begun(run_dir: RunDir) -> set[str]:
+    """Journals with more than a header: each start, and each unit, has others."""
+    return {path.name for path in run_dir.journal.glob("*.wal") if is_begun(path)}
+
+
+def is_begun(path: Path) -> bool:
+    with suppress(FileNotFoundError):  # published just now
+        return path.stat().st_size > 300
+    return False
+
+
 def has_begun(run_dir: RunDir) -> bool:
-    return any(path.stat().st_size > 300 for path in run_dir.journal.glob("*.wal"))
+    return bool(begun(run_dir))
 
 
-def kill_once(process: subprocess.Popen[bytes], run_dir: RunDir, after_s: float) -> bool:
-    """Kill one rank or the whole job -9 a while after work has begun; did it land inside?"""
+def kill_once(world: World, run_dir: RunDir, after_s: float) -> bool:
+    """Kill one process or all -9 a while after this start's first call; did it cut a unit off?
+
+    It did if a journal is left that this start began: its unit has calls and is not published.
+    """
+    before = begun(run_dir)
+    processes = world.start(run_dir.root)
     deadline = time.monotonic() + 60
-    while process.poll() is None and not has_begun(run_dir):
+    while not begun(run_dir) - before and any(one.poll() is None for one in processes):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(after_s)
     victims = ranks_of(run_dir.root)
-    if process.poll() is not None or not victims or run_dir.manifest("generate").exists():
-        process.wait(timeout=60)
-        return False
-    whole_job = [process.pid, *victims]
-    for pid in random.choice((whole_job, [random.choice(victims)])):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    if random.random() < 0.5 and victims:
+        kill([random.choice(victims)])
+        time.sleep(0.1)  # the others of a step end with it; bare ones work on until they are hit
+    kill([*(one.pid for one in processes if one.poll() is None), *ranks_of(run_dir.root)])
+    for one in processes:
+        one.wait(timeout=60)
     while ranks_of(run_dir.root):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    return True
+    return bool(begun(run_dir) - before)
 
 
-def chaos(run_dir: RunDir, kills: int, seed: int) -> int:
-    """Kill again and again, with another number of ranks each time; how many kills landed."""
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@dataclass
+class Chaos:
+    """What was done to a run: how many kills cut a unit off, and in which worlds."""
+
+    num_cut: int = 0
+    num_processes: int = 0
+    worlds: set[World] = field(default_factory=set)
+
+
+def chaos(run_dir: RunDir, kills: int, seed: int) -> Chaos:
+    """Kill again and again, with another world each time, until so many cut a unit off."""
     random.seed(seed)
-    landed = 0
-    for _ in range(3 * kills):
-        process = start(random.choice((1, 2, 4)), run_dir.root)
-        landed += kill_once(process, run_dir, random.uniform(0, 0.6))
-        if landed == kills or run_dir.manifest("generate").exists():
+    found = Chaos()
+    worlds = list(WORLDS)
+    for number in range(2 * kills):
+        if number % len(worlds) == 0:
+            last = worlds[-1]
+            while worlds[0] == last:
+                random.shuffle(worlds)
+        world = worlds[number % len(worlds)]
+        if kill_once(world, run_dir, random.uniform(0, 0.6)):
+            found.num_cut += 1
+            found.num_processes += world.size
+            found.worlds.add(world)
+        if found.num_cut == kills or run_dir.manifest("generate").exists():
             break
     if not run_dir.manifest("generate").exists():
         assert start(2, run_dir.root).wait(timeout=200) == 0
-    return landed
+    return found
 
 
 def assert_nothing_lost_or_repeated(run_dir: RunDir, quiet: RunDir) -> None:
     assert manifest(run_dir)["units"] == manifest(quiet)["units"]
+    assert manifest(run_dir)["sha256"] == manifest(quiet)["sha256"]
     assert expert_calls(run_dir)[0] == expert_calls(quiet)[0]
+
+
+def assert_few_in_doubt(run_dir: RunDir, found: Chaos) -> None:
+    """At most one group commit of each process that was killed: a unit's chains."""
+    assert expert_calls(run_dir)[1] <= UNIT_SIZE * found.num_processes
 
 
 def test_killed_ranks_cost_nothing_durable(quiet: RunDir, tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run")
-    assert chaos(run_dir, kills=4, seed=1) == 4
+    found = chaos(run_dir, kills=4, seed=1)
+    assert found.num_cut == 4
+    assert len(found.worlds) >= 3
     assert_nothing_lost_or_repeated(run_dir, quiet)
+    assert_few_in_doubt(run_dir, found)
 
 
 @pytest.mark.chaos
@@ -135,8 +200,11 @@ def test_many_kills(tmp_path: Path) -> None:
     calm = make_run(tmp_path / "calm", **changes)
     assert run_ranks(2, "-m", "teams_hpc", "stage", "generate", str(calm.root)).returncode == 0
     run_dir = make_run(tmp_path / "run", **changes)
-    assert chaos(run_dir, kills=25, seed=2) >= 20
+    found = chaos(run_dir, kills=25, seed=2)
+    assert found.num_cut >= 20
+    assert found.worlds == set(WORLDS)
     assert_nothing_lost_or_repeated(run_dir, calm)
+    assert_few_in_doubt(run_dir, found)
 
 
 def test_a_stop_of_one_rank_stops_all_at_a_safe_point(quiet: RunDir, tmp_path: Path) -> None:
@@ -161,8 +229,8 @@ def test_one_failing_rank_ends_the_step_and_says_why(tmp_path: Path) -> None:
     texts = [path.read_text() for path in run_dir.metrics.glob("*.error.txt")]
     assert texts
     assert all("stopped at the budget" in text for text in texts)
-    calls = run_ranks(2, "-m", "teams_hpc", "status", str(run_dir.root), "--json")
-    assert calls.returncode == 0
+    spent = generation_usage(run_dir).total("expert")
+    assert 0 < spent.calls + spent.in_doubt <= 40
 
 
 def test_a_real_model_in_fixed_batches_gives_the_same_rows(

@@ -128,6 +128,7 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
         time.sleep(0.1)
     launcher.kill()
     launcher.wait()
+    deadline = time.monotonic() + 2
     while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "ranks outlived mpiexec"
         time.sleep(0.1)

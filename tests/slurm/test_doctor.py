@@ -45,6 +45,7 @@ def test_a_sound_configuration_has_no_fault(make: Make, tmp_path: Path) -> None:
     findings = slurm_findings(make())
     found = by_name(findings)
     assert faults_of(findings) == []
+    assert [line.what for line in findings if not (line.found and line.expected)] == []
     assert ACCOUNT in found["account and qos"].found
     assert found["partition low: preemption"].found.startswith("REQUEUE, 15 s")
     assert "MaxArraySize 1001" in found["array limit"].found

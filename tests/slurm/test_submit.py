@@ -18,6 +18,16 @@ WHOLE = (
     "site.slurm.stages.sft.nodes=2",
 )
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+QUICK = (
+    "seeds.limit=40",
+    "policy.iterations=2",
+    "sft.schedule_steps=4",
+    "evaluate.control_steps=20",
+    "evaluate.num_bootstrap=100",
+    "site.slurm.stages.generate.nodes=2",
+)
+
 
 def watch(cluster: SlurmCluster, job_id: str, timeout_s: float) -> list[int]:
     """How many tasks of an array ran, each time squeue was asked until the array ended."""
@@ -65,3 +75,19 @@ def test_a_whole_run_on_four_nodes(cluster: SlurmCluster, tmp_path: Path) -> Non
         assert (root / "logs" / f"{name}.log").exists(), name
     runs.verify(cluster, root)
     assert list(root.rglob("*.tmp")) == []
+
+
+@pytest.mark.slurm_long
+@pytest.mark.timeout(420)
+def test_the_quickstart_on_four_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """The shipped files, with fewer seeds and steps: generation takes all nodes at once."""
+    files = [str(CONFIGS / name) for name in ("quickstart.yaml", "sites/slurm-test.yaml")]
+    config, root = runs.write_config(tmp_path, f"extends: {files}\n"), tmp_path / "run"
+    words = (f"run_dir={root}", *QUICK)
+    runs.submit(cluster, config, *words)
+    jobs = runs.finish(cluster, root, 300)
+    generate = runs.records(root, "generate")[0].job_id
+    nodes = [job["NumNodes"] for job in jobs if belongs_to(job, generate)]
+    assert nodes == ["2", "2"]
+    runs.verify(cluster, root)
+    assert runs.rows(root) == runs.quiet_rows(config, tmp_path / "quiet", *QUICK)

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from teams_hpc.config import Config, ModelShape, dump_yaml, load_config, load_resolved
+from teams_hpc.config.check import input_faults
 from teams_hpc.config.digest import changed_keys, inputs_digest, stage_inputs
+from teams_hpc.config.schema import SftConfig
 from teams_hpc.errors import ConfigError
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
@@ -27,7 +29,13 @@ def test_shipped_files_load_and_survive_a_round_trip(path: Path, tmp_path: Path)
 
 def test_the_shipped_files_are_all_here() -> None:
     names = {path.stem for path in SHIPPED}
-    assert names >= {"quickstart", "paper-llama1-7b", "llama2-7b-a100", "llama3-8b-a100"}
+    assert names >= {
+        "quickstart",
+        "quickstart-template",
+        "paper-llama1-7b",
+        "llama2-7b-a100",
+        "llama3-8b-a100",
+    }
     assert {"local", "slurm-a100", "slurm-test"} <= {path.stem for path in SITES}
     for name in ("llama2-7b-a100", "llama3-8b-a100"):
         config = load_config(next(path for path in SHIPPED if path.stem == name))
@@ -47,6 +55,27 @@ def test_layers_override_in_order(tmp_path: Path) -> None:
     config = load_config(path, ["seed=3", "seed=4"])
     assert (config.seed, config.site.num_workers, config.policy.num_envs) == (4, 3, 5)
     assert load_config(path).seed == 2
+
+
+def test_shipped_names_a_folder_of_the_package(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.yaml", "name: a\nexpert: {kind: transformers}\n")
+    config = load_config(path, ["expert.model=shipped:pocket-llama"])
+    assert config.expert.kind == "transformers"
+    assert (config.expert.model / "config.json").is_file()
+    assert load_resolved(write(tmp_path / "config.yaml", dump_yaml(config))) == config
+    with pytest.raises(ConfigError, match=r"shipped:\.\./data: .* there are: pocket-llama"):
+        load_config(path, ["expert.model=shipped:../data"])
+
+
+def test_the_quickstart_has_a_variant_without_a_model() -> None:
+    model, grammar = (
+        load_config(next(path for path in SHIPPED if path.stem == name))
+        for name in ("quickstart", "quickstart-template")
+    )
+    for role in ("instructor", "reviewer", "expert"):
+        assert getattr(model, role).kind == "transformers"
+        assert getattr(grammar, role).kind == "template"
+    assert grammar.sft == model.sft
 
 
 def test_relative_paths_start_where_they_are_named(
@@ -231,3 +260,18 @@ def test_every_file_of_a_folder_of_tasks_counts(tmp_path: Path) -> None:
     task.write_text("task: two\n")
     after = stage_inputs(load_config(path), "evaluate")
     assert changed_keys(before, after) == ["evaluate.lm_eval_path"]
+
+
+def test_rows_longer_than_a_folder_s_positions_are_refused_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
+    config = Config(name="a", run_dir=tmp_path, sft=SftConfig(model=tmp_path, sequence_length=4096))
+    (fault,) = input_faults(config)
+    assert fault.startswith("sft.sequence_length: 4096 is more than the 2048 positions")
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 4096}')
+    assert input_faults(config) == []
+    with pytest.raises(ValueError, match="sequence_length 4096 is more than the model's"):
+        SftConfig(sequence_length=4096)

@@ -99,3 +99,22 @@ def test_a_dead_workers_reservation_ends_when_its_unit_is_tried(tmp_path: Path) 
     assert (budget.room, budget.has_released) == (5, True)
     assert budget.reserve(1, 4)
     assert Budget(run_dir, None, 60.0).reserve(2, 10**9)
+
+
+def test_who_stood_still_while_it_counted_counts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = RunDir(tmp_path)
+    sleeper, other = Budget(run_dir, 10, 60.0), Budget(run_dir, 10, 60.0)
+    real = UnitUsage.read
+
+    def asleep(usage: UnitUsage) -> dict[int, Ledger]:
+        found = real(usage)
+        monkeypatch.undo()
+        (run_dir.leases / "budget").unlink()  # another takes the mutex over
+        assert other.reserve(1, 8)
+        return found
+
+    monkeypatch.setattr(UnitUsage, "read", asleep)
+    assert not sleeper.reserve(0, 8)
+    assert sleeper.room == 2

@@ -20,6 +20,7 @@ from teams_hpc.generation.unit import UnitRunner
 from teams_hpc.generation.unit_log import UnitLog
 from teams_hpc.llm.base import Completion, Engine, Exactness, Request, Score, ScoreRequest
 from teams_hpc.llm.ledger import Ledger
+from teams_hpc.rewriting.observation import Observer
 from teams_hpc.rewriting.operation_policy import UniformPolicy
 from teams_hpc.rewriting.reviewer import Reviewer
 from teams_hpc.rewriting.seeds import Seed
@@ -112,8 +113,7 @@ def make_chains() -> list[Chain]:
         settings=GenerateConfig(policy="uniform", num_steps=STEPS),
         policy=UniformPolicy(),
         member=-1,
-        observation="one_hot",
-        episode_length=6,
+        observer=Observer(kind="one_hot", episode_length=6),
         expert="stub",
     )
     keys = [ChainKey(seed=seed, split="policy_train", trajectory=0) for seed in SEEDS]

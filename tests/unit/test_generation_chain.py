@@ -14,10 +14,11 @@ from teams_hpc.config.schema import GenerateConfig
 from teams_hpc.errors import InputChangedError
 from teams_hpc.generation.evolve import Chain, Row, Steering
 from teams_hpc.generation.outcome import count_length_rule, count_rows
-from teams_hpc.generation.plan import ChainKey, settle_plan
+from teams_hpc.generation.plan import ChainKey, Plan, settle_plan
 from teams_hpc.llm.base import Completion
 from teams_hpc.rewriting.elimination import REASONS
 from teams_hpc.rewriting.identity import record_id
+from teams_hpc.rewriting.observation import Observer
 from teams_hpc.rewriting.operation_policy import OperationPolicy, RoundRobinPolicy, UniformPolicy
 from teams_hpc.rewriting.operations import OPERATIONS, Operation
 from teams_hpc.rewriting.reviewer import Verdict
@@ -39,8 +40,7 @@ def steering(
         settings=GenerateConfig(policy="uniform", answer=answer, **settings),
         policy=chooser or UniformPolicy(),
         member=-1,
-        observation="one_hot",
-        episode_length=6,
+        observer=Observer(kind="one_hot", episode_length=6),
         expert="m",
     )
 
@@ -185,6 +185,36 @@ def test_the_length_rule_is_counted_where_it_applies() -> None:
     found = count_length_rule(rows)
     assert list(found) == [str(name) for name in OPERATIONS[:4]]
     assert all(line == {"judged": 2, "kept_rule": 1} for line in found.values())
+
+
+@given(
+    num_seeds=st.integers(1, 40),
+    num_trajectories=st.integers(1, 7),
+    num_steps=st.integers(1, 5),
+    unit_size=st.integers(1, 50),
+)
+def test_units_hold_every_chain_once_in_order(
+    num_seeds: int, num_trajectories: int, num_steps: int, unit_size: int
+) -> None:
+    seeds = tuple(Seed(f"Say {number}.") for number in range(num_seeds))
+    plan = Plan(
+        seeds=seeds,
+        splits=bytes(number % len(SPLITS) for number in range(num_seeds)),
+        num_trajectories=num_trajectories,
+        num_steps=num_steps,
+        unit_size=unit_size,
+    )
+    units = [plan.chains_of(unit) for unit in range(plan.num_units)]
+    assert [(key.seed, key.split, key.trajectory) for unit in units for key in unit] == [
+        (seed, SPLITS[number % len(SPLITS)], trajectory)
+        for number, seed in enumerate(seeds)
+        for trajectory in range(num_trajectories)
+    ]
+    assert all(len(unit) == unit_size for unit in units[:-1])
+    assert 1 <= len(units[-1]) <= unit_size
+    rows = [plan.num_rows_of(unit) for unit in range(plan.num_units)]
+    assert rows == [len(unit) * num_steps for unit in units]
+    assert sum(rows) == plan.num_rows
 
 
 def test_the_plan_is_the_same_for_every_worker_and_guards_against_another(tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from teams_hpc.config.schema import PolicyConfig
+from teams_hpc.config.policy import PolicyConfig
 from teams_hpc.llm.base import Completion, Request, Score, ScoreRequest
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.policy.environment import World
 from teams_hpc.policy.learner import Learner
+from teams_hpc.policy.rollout import evaluate_policy
+from teams_hpc.policy.statistics import Interval, mean_interval
 from teams_hpc.policy.vec_env import RewritingVecEnv
-from teams_hpc.rewriting.observation import History, observation_size
+from teams_hpc.rewriting.observation import History, Observer, observation_size
+from teams_hpc.rewriting.operation_policy import UniformPolicy
 from teams_hpc.rewriting.operations import OPERATIONS
 from teams_hpc.rewriting.reviewer import Reviewer
 from teams_hpc.rewriting.seeds import Seed
@@ -72,7 +75,13 @@ def learner_of(
     torch.set_num_threads(1)
     engine, ledger = Bandit(pays), Ledger()
     reviewer = Reviewer(engine, "likelihood", ledger)  # type: ignore[arg-type]
-    world = World(settings=settings, instructor=engine, reviewer=reviewer, ledger=ledger)  # type: ignore[arg-type]
+    world = World(
+        settings=settings,
+        instructor=engine,  # type: ignore[arg-type]
+        reviewer=reviewer,
+        ledger=ledger,
+        observer=Observer(kind=settings.observation, episode_length=settings.episode_length),
+    )
     return Learner(RewritingVecEnv(world, SEEDS), settings, (11, "test", member))
 
 
@@ -92,6 +101,38 @@ def test_trpo_solves_a_world_whose_best_policy_is_known() -> None:
     assert metrics[-1]["entropy"] < 0.5 < metrics[0]["entropy"]
     assert all(0.0 <= line["kl"] <= settings.target_kl for line in metrics)
     assert metrics[-1]["explained_variance"] > metrics[0]["explained_variance"]
+
+
+def never_better(pays: Callable[[str, str], float], member: int) -> Interval:
+    """How much better than uniform a policy is said to be that was trained where nothing helps."""
+    settings = PolicyConfig(num_envs=16, episode_length=3, hidden_size=16, target_kl=0.05)
+    learner = learner_of(settings, pays, member)
+    for number in range(1, 7):
+        learner.iterate(number)
+    world, policy = learner._environment._world, learner.export({})
+    seeds = [Seed(f"Explain unseen matter number {n}.") for n in range(40)]
+    learned, uniform = (
+        evaluate_policy(world, one, seeds, member).by_seed() for one in (policy, UniformPolicy())
+    )
+    return mean_interval(learned - uniform, 1000, member)
+
+
+@pytest.mark.parametrize("member", range(3))
+def test_where_all_earn_alike_no_policy_is_better(member: int) -> None:
+    found = never_better(lambda before, operation: 0.7, member)
+    assert abs(found.value) < 1e-9
+    assert not found.is_above_zero
+
+
+def test_where_rewards_are_noise_hardly_any_policy_is_called_better() -> None:
+    """One in forty may be, by the meaning of a 95 % interval; of eight, two would be strange."""
+    noise = np.random.default_rng(4)
+    found = [
+        never_better(lambda before, operation: noise.uniform(0.5, 0.9), member)
+        for member in range(8)
+    ]
+    assert sum(interval.is_above_zero for interval in found) <= 1
+    assert max(abs(interval.value) for interval in found) < 0.06
 
 
 def test_the_exported_policy_is_the_trained_one() -> None:

@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from teams_hpc.config.schema import PolicyConfig, TemplateEngineConfig
+from teams_hpc.config.policy import PolicyConfig
+from teams_hpc.config.schema import TemplateEngineConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Completion, FinishReason, Request, Score, ScoreRequest
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.llm.template_engine import TemplateEngine
 from teams_hpc.policy.environment import EQUAL_BELOW, Episode, World
 from teams_hpc.policy.tally import ZERO_REASONS, Tally, saturated_share
+from teams_hpc.rewriting.observation import Observer
 from teams_hpc.rewriting.operations import OPERATIONS, Operation
 from teams_hpc.rewriting.reviewer import Reviewer
 from teams_hpc.rewriting.seeds import Seed, read_seeds
@@ -80,6 +82,7 @@ def world_of(engine: Scripted | TemplateEngine, settings: PolicyConfig | None = 
         instructor=engine,  # type: ignore[arg-type]
         reviewer=Reviewer(engine, "likelihood", ledger),  # type: ignore[arg-type]
         ledger=ledger,
+        observer=Observer(kind="features", episode_length=6),
     )
 
 
@@ -137,7 +140,7 @@ def test_garbage_earns_nothing_and_the_parent_stays(
     assert sum(engine.scored) == 0
 
 
-def test_going_back_and_forth_between_two_texts_earns_nothing() -> None:
+def test_going_back_and_forth_between_two_texts_earns_the_new_one_once() -> None:
     other = "Describe how the tides shape a harbour town in winter."
 
     def swing(request: Request) -> str:

@@ -118,4 +118,4 @@ def test_killing_the_parent_leaves_no_child(tmp_path: Path) -> None:
         pid = int(log.read_text())
         os.kill(process.pid, signal.SIGKILL)
         process.wait(timeout=10)
-        assert wait_until(lambda: not is_alive(pid), 5.0)
+        assert wait_until(lambda: not is_alive(pid), 2.0)

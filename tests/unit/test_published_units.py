@@ -151,6 +151,52 @@ def test_a_restart_opens_no_unit_and_ends_with_the_same_manifest(
     assert not (other.generate / "published").exists()
 
 
+def test_ten_thousand_units_in_one_directory(
+    tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly all are names of one file; a worker that comes finds the one to make, opens none."""
+    trajectories = 50
+    config = Config.model_validate(
+        {
+            "name": "t",
+            "seeds": {"limit": 200},
+            "generate": {
+                "policy": "uniform",
+                "num_steps": 1,
+                "unit_size": 1,
+                "num_trajectories": trajectories,
+            },
+        }
+    )
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    run_dir = RunDir(tmp_path)
+    run_dir.metrics.mkdir(parents=True)
+    write_json(run_dir.inputs("generate"), {"digest": "d", "inputs": {}})
+    with monkeypatch.context() as patch:
+        patch.setattr(PublishedLines, "add", killed)
+        with pytest.raises(Killed):
+            generate(run_dir, config, 0, StopFlag())
+    [first] = run_dir.shards.iterdir()
+    with Table.open(first) as table:
+        attrs = table.attrs
+    lines = PublishedLines(run_dir)
+    for unit in range(200 * trajectories - 1):
+        if not run_dir.shard(unit).exists():
+            os.link(first, run_dir.shard(unit))
+        lines.add(unit, attrs)
+    opened.clear()
+    assert len(published_units(run_dir)) == 200 * trajectories - 1
+    generate(run_dir, config, 0, StopFlag())
+    assert opened == [f"unit-{200 * trajectories - 1:05d}.h5"]  # its own, to note it
+    manifest = read_manifest(run_dir, "generate")
+    assert manifest is not None
+    assert manifest["counts"]["attempted"] == 200 * trajectories
+    assert len(manifest["units"]) == 200 * trajectories
+
+
 def test_a_full_disk_does_not_keep_a_unit_from_being_published(
     run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,11 +11,20 @@ from pathlib import Path
 import pytest
 
 from teams_hpc.cli import run_stage_job
-from teams_hpc.cluster.records import JobRecord, first_of_chain, read_records, write_record
+from teams_hpc.cluster.records import (
+    JobRecord,
+    active_jobs,
+    first_of_chain,
+    read_records,
+    write_record,
+)
 from teams_hpc.cluster.slurm import scheduler_settings
 from teams_hpc.config import Config, dump_yaml
-from teams_hpc.errors import UsageError
-from teams_hpc.pipeline.submit import resubmit_job, submit_pipeline
+from teams_hpc.errors import RunInUseError, UsageError
+from teams_hpc.pipeline.graph import Stage
+from teams_hpc.pipeline.local import run_pipeline
+from teams_hpc.pipeline.submit import prepare_job, resubmit_job, submit_pipeline
+from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.run_dir import RunDir
 
 FAKES = {
@@ -29,7 +38,7 @@ FAKES = {
         'echo "Submitted batch job $job"'
     ),
     "squeue": 'cd "$here/jobs"; for job in *; do echo "$job|$(cat "$job")|None"; done',
-    "scontrol": 'echo "$@" >> "$here/scontrol.calls"; echo "MaxArraySize = 1001"',
+    "scontrol": 'echo "$@" >> "$here/scontrol.calls"; echo "MaxArraySize = $(cat "$here/most")"',
     "scancel": 'echo "$@" >> "$here/scancel.calls"',
 }
 
@@ -41,6 +50,7 @@ class FakeSlurm:
         self.folder = folder
         (folder / "jobs").mkdir(parents=True)
         (folder / "next").write_text("100")
+        (folder / "most").write_text("1001")
         for name, body in FAKES.items():
             path = folder / name
             path.write_text(f'#!/bin/sh\nhere="{folder}"\n{body}\n')
@@ -81,6 +91,18 @@ def run_dir(tmp_path: Path, slurm: FakeSlurm) -> RunDir:
     record(run_dir, "8", "select", 1)
     slurm.has(j7_0="RUNNING", j7_1="RUNNING", j7_2="RUNNING", j8="PENDING")
     return run_dir
+
+
+class Nobody:
+    """Who is told how a run goes, and doesn't care."""
+
+    def stage_skipped(self, stage: Stage) -> None: ...
+
+    def stage_started(self, stage: Stage) -> None: ...
+
+    def tick(self) -> None: ...
+
+    def stage_finished(self, stage: Stage, seconds: float, num_restarts: int) -> None: ...
 
 
 def record(run_dir: RunDir, job_id: str, stage: str, count: int) -> None:
@@ -141,16 +163,22 @@ def test_a_cancelled_run_gets_no_successors(slurm: FakeSlurm, run_dir: RunDir) -
     assert len(read_records(run_dir)) == 3
 
 
-def submitted(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, **words: str) -> list[str]:
+def config_of(run_dir: RunDir, num_members: int) -> Config:
     values = {
         "name": "r",
         "run_dir": run_dir.root,
-        "policy": {"num_members": 3},
-        "site": {"executor": "slurm"},
+        "policy": {"num_members": num_members},
+        "site": {"executor": "slurm", "slurm": {"max_parallel_tasks": 7}},
     }
+    return Config.model_validate(values)
+
+
+def submitted(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, num_members: int = 3, **words: str
+) -> list[str]:
     monkeypatch.setattr("teams_hpc.pipeline.submit.slurm_faults", lambda *_: [])
     run_dir.root.chmod(0o700)
-    return submit_pipeline(Config.model_validate(values), run_stage_job, **words)
+    return submit_pipeline(config_of(run_dir, num_members), run_stage_job, **words)
 
 
 def test_results_without_a_manifest_get_one(
@@ -163,6 +191,37 @@ def test_results_without_a_manifest_get_one(
     assert submitted(run_dir, monkeypatch)[0] == "policy    adopted 3 tasks"
     slurm.has(j7_0="COMPLETED", j7_1="COMPLETED", j7_2="FAILED")
     assert submitted(run_dir, monkeypatch)[0].startswith("policy    submitted 1 tasks as job")
+
+
+def test_a_long_array_is_cut_to_what_the_cluster_takes(
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three arrays that go over all members, share the throttle, and are all waited for."""
+    (slurm.folder / "most").write_text("3")
+    fresh = RunDir(tmp_path / "fresh")
+    fresh.root.mkdir()
+    said = submitted(fresh, monkeypatch, num_members=8)
+    assert said[0] == "policy    submitted 8 tasks as job 100, 101, 102"
+    policy = [found for found in read_records(fresh) if found.stage == "policy"]
+    assert [found.indices for found in policy] == [(0, 1, 2), (3, 4, 5), (6, 7)]
+    scripts = [(slurm.folder / f"script-{job}").read_text() for job in range(100, 104)]
+    arrays = [line for text in scripts for line in text.splitlines() if "--array" in line]
+    assert arrays == [f"#SBATCH --array=0-{last}%2" for last in (2, 2, 1)]
+    assert "#SBATCH --dependency=afterok:100:101:102\n" in scripts[3]
+    by_hand = config_of(RunDir(tmp_path / "by-hand"), num_members=4)
+    with pytest.raises(UsageError, match=r"4 tasks are more .* one array .MaxArraySize 3"):
+        list(prepare_job(by_hand, "policy"))
+    assert not (tmp_path / "by-hand").exists()
+
+
+def test_run_leaves_a_run_to_its_jobs(slurm: FakeSlurm, run_dir: RunDir) -> None:
+    before = run_dir.config.read_text()
+    config = Config.model_validate({"name": "other", "run_dir": run_dir.root})
+    with pytest.raises(RunInUseError, match=r"by Slurm jobs \(7_0, 7_1, 7_2, 8\)"):
+        run_pipeline(config, observer=Nobody(), stop=StopFlag())
+    assert run_dir.config.read_text() == before
+    slurm.has(j7_0="FAILED", j7_1="COMPLETED", j7_2="CANCELLED", j8="CANCELLED")
+    assert active_jobs(read_records(run_dir)) == []
 
 
 def test_what_jobs_work_on_is_not_set_aside(

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from teams_hpc.config.schema import PolicyConfig, TemplateEngineConfig
+from teams_hpc.config.policy import PolicyConfig
+from teams_hpc.config.schema import TemplateEngineConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Completion, Request, Score, ScoreRequest
 from teams_hpc.llm.ledger import Ledger

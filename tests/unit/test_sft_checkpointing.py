@@ -1,6 +1,7 @@
 """Checkpoints: there whole or not at all, and read only if they can be trusted."""
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,22 @@ def test_the_newest_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert found.state == RunState(step=15, tokens=150, last_loss=1.5)
     assert found.folder.name == "step-000015"
     assert sorted(found.files) == ["zero/model.pt", "zero/optimizer.pt"]
+
+
+def test_the_slowest_save_is_remembered_over_starts(tmp_path: Path) -> None:
+    class Slow(Engine):
+        def save(self, folder: Path) -> None:
+            time.sleep(0.2)
+            Engine.save(self, folder)
+
+    store = open_store(tmp_path)
+    store.save(Slow(), RunState(step=1))
+    assert store.slowest_save_s >= 0.2
+    later = open_store(tmp_path)
+    assert later.latest() is not None
+    assert later.slowest_save_s >= 0.2
+    later.save(Engine(), RunState(step=2))
+    assert later.slowest_save_s >= 0.2
 
 
 def test_a_killed_save_leaves_the_one_before_and_is_cleared_away(tmp_path: Path) -> None:

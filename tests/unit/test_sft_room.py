@@ -205,6 +205,7 @@ def test_a_folder_tells_its_shape(tmp_path: Path) -> None:
     assert num_parameters(write(**old)) == N2
     assert num_parameters(write(**whole | {"model_type": "other"})) == 2
     assert num_parameters(write(model_type="llama")) == 2
+    assert num_parameters(write(**whole | {"vocab_size": 256})) == 2  # we would build none such
 
 
 def load(folder: Path, *words: str) -> Config:

@@ -1,5 +1,6 @@
 """HDF5 tables: content, checksums, damage and full disks."""
 
+import errno
 import itertools
 import os
 import resource
@@ -195,6 +196,21 @@ def fill_disk(folder: Path, size: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         with pytest.raises(WorkError, match=rf"file size limit reached at {folder}"):
             write(folder / "rows.h5", sample(2000))
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.EIO, "disk failed"), (errno.ENOSPC, "full")])
+def test_a_disk_that_fails_at_the_fsync_publishes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(WorkError, match=rf"{words} at .*rows\.h5"):
+            write(tmp_path / "rows.h5", sample(5))
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "rows.h5", sample(5))
 
 
 def test_row_columns_are_those_of_the_design() -> None:

@@ -137,6 +137,27 @@ def test_a_foreign_holder_is_judged_by_its_heartbeat_alone(
     lease.release()
 
 
+def test_a_holder_here_that_stands_still_is_judged_by_its_heartbeat_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped or suspended process is alive, but nobody knows for how long it sleeps."""
+    path = tmp_path / "run"
+    holder = Lease(path, lease_s=3600)  # its next heartbeat is far away
+    assert holder.acquire()
+    now = [100.0]
+    monkeypatch.setattr("teams_hpc.storage.lease.time.monotonic", lambda: now[0])
+    other = Lease(path, lease_s=10)
+    assert not other.acquire()
+    now[0] += 9
+    assert not other.acquire()
+    now[0] += 2
+    assert other.acquire()
+    assert not holder.is_held()
+    holder.release()
+    assert other.is_held()
+    other.release()
+
+
 def test_a_garbled_claim_is_not_fatal(tmp_path: Path) -> None:
     path = tmp_path / "run"
     path.write_text("???")
