@@ -42,11 +42,12 @@ RUN /opt/teams-hpc/source/containers/install.sh runtime clean \
   && mkdir /work && chown teams:teams /work
 COPY --from=build /opt/teams-hpc /opt/teams-hpc
 
-# ~/.local of whoever runs it must not decide what is imported. Open MPI 4 can't read another process's
+# Neither ~/.local nor the current folder of whoever runs it decides what is imported. Open MPI 4 can't read another process's
 # memory in a user namespace, and would say so at each start; between nodes only UCX lets its threads
 # reach another process's memory, as generation does, and it isn't taken on plain Ethernet unless told.
 ENV PATH=/opt/teams-hpc/venv/bin:${PATH} \
     PYTHONNOUSERSITE=1 \
+    PYTHONSAFEPATH=1 \
     OMPI_MCA_btl_vader_single_copy_mechanism=none \
     OMPI_MCA_pml_ucx_tls=any \
     OMPI_MCA_pml_ucx_devices=any \

@@ -52,6 +52,16 @@ def test_both_ways_give_the_same_packages(
     assert any(line.startswith("torch==") for line in names[0])
 
 
+def test_a_checkout_in_the_current_folder_is_not_what_runs(
+    apptainer: Apptainer, sandbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current folder is seen inside; only the image decides what is imported."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    words = ("python3", "-c", "import teams_hpc; print(teams_hpc.__file__)")
+    found = apptainer.run("exec", str(sandbox), *words)
+    assert found.startswith("/opt/teams-hpc/venv/")
+
+
 def test_running_it_is_running_the_program(apptainer: Apptainer, sandbox: Path) -> None:
     assert apptainer.run("run", str(sandbox), "--version").startswith("teams-hpc ")
     told = apptainer.run("exec", str(sandbox), "printenv", "TEAMS_HPC_REVISION")

@@ -9,12 +9,15 @@ from containers.conftest import CPU
 from containers.machine import Buildah
 
 pytestmark = [pytest.mark.containers_long, pytest.mark.timeout(2400)]
-# Every stage, with as little of each as there can be.
+# Every stage and the model that comes with the package, with as little of each as there can be.
 QUICK = (
-    *(f"{role}.kind=template" for role in ("instructor", "reviewer", "expert")),
     "seeds.limit=60",
     "policy.num_members=1",
-    "policy.iterations=3",
+    "policy.iterations=1",
+    "policy.num_envs=4",
+    "policy.episode_length=2",
+    "policy.num_eval_episodes=1",
+    "generate.num_steps=2",
     "sft.schedule_steps=8",
     "sft.warmup_steps=1",
     "sft.checkpoint_interval_steps=8",
