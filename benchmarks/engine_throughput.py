@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from policy_environment import RESULTS, commit, machine
+from records import RESULTS, commit, machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from teams_hpc.config.schema import ModelShape, TransformersEngineConfig

@@ -35,7 +35,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from policy_environment import RESULTS, commit, machine
+from records import RESULTS, commit, machine
 from sft_ways import PEER, Job, Result, WayFailedError, peer_versions, run_way, start_child
 
 OURS = "teams_hpc"

@@ -37,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from policy_environment import RESULTS, commit, machine
+from records import RESULTS, commit, machine
 from sft_ways import PEER, ROOT, WAYS, Job, Result, peer_versions, run_way
 from transformers import LlamaConfig, LlamaForCausalLM
 

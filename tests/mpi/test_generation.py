@@ -163,7 +163,7 @@ def chaos(run_dir: RunDir, kills: int, seed: int) -> Chaos:
             while worlds[0] == last:
                 random.shuffle(worlds)
         world = worlds[number % len(worlds)]
-        if kill_once(world, run_dir, random.uniform(0, 0.6)):
+        if kill_once(world, run_dir, random.uniform(0, 0.3)):
             found.num_cut += 1
             found.num_processes += world.size
             found.worlds.add(world)

@@ -15,7 +15,8 @@ from teams_hpc.pipeline.bundle import bundle_lines, make_bundle, verify_bundle
 
 def make_model(folder: Path, text: str = "weights") -> Path:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
     (folder / "model.safetensors").write_text(text)
     return folder
 

@@ -14,6 +14,7 @@ from teams_hpc.llm.ledger import Ledger
 from teams_hpc.llm.template_engine import TemplateEngine
 from teams_hpc.policy.environment import ENGINE_ERROR, Episode, World
 from teams_hpc.rewriting.elimination import Reason, check_verdict
+from teams_hpc.rewriting.observation import Observer
 from teams_hpc.rewriting.reviewer import (
     OPTIONS,
     Pair,
@@ -141,6 +142,7 @@ def world_of(judge: Judge) -> tuple[World, list[Episode]]:
         instructor=TemplateEngine(TemplateEngineConfig()),
         reviewer=reviewer_of(judge, "generated"),
         ledger=Ledger(),
+        observer=Observer(kind="features", episode_length=6),
     )
     seeds = [Seed(f"Describe the harbour of town number {n}.") for n in range(4)]
     return world, [Episode.begin((1, "test", n), seed) for n, seed in enumerate(seeds)]
