@@ -23,7 +23,7 @@ _MOST_STEPS = 6
 _P_FRUITFUL = 0.5
 _P_BREADTH = 0.2
 _P_KEEP_POINTLESS = 0.5
-_P_REWRITE, _P_VERDICT, _P_ANSWER = 0.9, 0.45, 0.12
+_P_REWRITE, _P_VERDICT, _P_ANSWER = 0.9, 0.9, 0.12
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,18 +26,34 @@ from pocket.data import build_data
 from pocket.measure import measure
 from pocket.publish import SHIPPED, publish
 from teams_hpc.config import Config, load_config
-from teams_hpc.errors import TeamsError
+from teams_hpc.config.load import dump_yaml
+from teams_hpc.errors import RunInUseError, TeamsError
 from teams_hpc.pipeline.graph import find_stage
 from teams_hpc.pipeline.local import run_stage
-from teams_hpc.pipeline.start import prepared_run
+from teams_hpc.pipeline.provenance import record_provenance
 from teams_hpc.report.live import LiveDisplay
 from teams_hpc.runtime.preemption import StopFlag
+from teams_hpc.storage.atomic import write_text
+from teams_hpc.storage.lease import Lease
 from teams_hpc.storage.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = Path(__file__).parent / "model.yaml"
 _NUM_TEXTS = 204
 _log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _own_run(config: Config) -> Iterator[RunDir]:
+    """As `prepared_run`, whose stages before `sft` this run doesn't have."""
+    run_dir = RunDir(config.resolved_run_dir)
+    run_dir.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with Lease(run_dir.leases / "run", config.site.lease_s) as lease:
+        if not lease.outlast():
+            raise RunInUseError(f"{run_dir.root} is in use by another process; wait for it")
+        write_text(run_dir.config, dump_yaml(config))
+        record_provenance(run_dir)
+        yield run_dir
 
 
 def train(config: Config) -> RunDir:
@@ -46,7 +64,7 @@ def train(config: Config) -> RunDir:
     """
     stop = StopFlag()
     stop.install()
-    with prepared_run(config, stop=stop) as run_dir:
+    with _own_run(config) as run_dir:
         build_data(run_dir, config)
         display = LiveDisplay(run_dir, Console(highlight=False))
         try:
