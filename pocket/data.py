@@ -20,7 +20,7 @@ from teams_hpc.errors import UsageError
 from teams_hpc.storage.atomic import read_json, write_json
 from teams_hpc.storage.run_dir import RunDir, read_manifest, write_manifest
 
-EXAMPLES_SCHEMA = 2
+EXAMPLES_SCHEMA = 3
 """Raise it when other examples come out."""
 
 _NUM_TOKENIZER_CHAINS = 6000
@@ -122,9 +122,16 @@ def encode(tokenizer: Any, examples: list[Example]) -> list[Tokens]:
         tokenizer.convert_tokens_to_ids(token)
         for token in (tokenizer.bos_token, "<|reply|>", tokenizer.eos_token)
     )
-    texts = [text for example in examples for text in (example.prompt, example.reply)]
+    texts = [text for example in examples for text in _split(example)]
     ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    pairs = zip(ids, ids, strict=True)
+    triples = zip(ids, ids, ids, strict=True)
     return [
-        Tokens([begin, *prompt, reply, *answer, end], len(prompt) + 2) for prompt, answer in pairs
+        Tokens([begin, *prompt, *repeated, reply, *answer, end], len(prompt) + 1 + (not repeated))
+        for prompt, repeated, answer in triples
     ]
+
+
+def _split(example: Example) -> tuple[str, str, str]:
+    """Prompt without its repeated end, that end, and reply."""
+    start = len(example.prompt) - example.num_repeated
+    return example.prompt[:start], example.prompt[start:], example.reply

@@ -23,15 +23,24 @@ _MOST_STEPS = 6
 _P_FRUITFUL = 0.5
 _P_BREADTH = 0.2
 _P_KEEP_POINTLESS = 0.5
-_P_REWRITE, _P_VERDICT, _P_ANSWER = 0.9, 0.9, 0.12
+_P_REWRITE, _P_ANSWER = 0.9, 0.12
+_NUM_VERDICTS = (1, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt with the reply to learn."""
+    """One prompt with the reply to learn.
+
+    Attributes:
+        prompt: What the model is given.
+        reply: What it should say.
+        num_repeated: Characters at the end of the prompt that nearly repeat earlier ones: they are
+            learnt too, since a model that can't copy can't compare either.
+    """
 
     prompt: str
     reply: str
+    num_repeated: int = 0
 
 
 def rewrite_example(operation: Operation, text: Text, reply: str) -> Example:
@@ -42,8 +51,15 @@ def rewrite_example(operation: Operation, text: Text, reply: str) -> Example:
 
 def verdict_example(pair: Pair) -> Example:
     """The reviewer's; the truth is the grammar's."""
-    p = p_not_equal(pair.before, pair.after)
-    return Example(verdict_messages(pair)[0].content, OPTIONS[p > 0.5])
+    p, prompt = p_not_equal(pair.before, pair.after), verdict_messages(pair)[0].content
+    start = prompt.rindex(pair.after) if _are_near(pair) else len(prompt)
+    return Example(prompt, OPTIONS[p > 0.5], len(prompt) - start)
+
+
+def _are_near(pair: Pair) -> bool:
+    """Whether the second text has most words of the first."""
+    words = set(pair.before.split())
+    return len(words.intersection(pair.after.split())) > len(words) / 2
 
 
 def answer_example(text: Text, rng: random.Random) -> Example:
@@ -80,7 +96,7 @@ def make_examples(seed: int, *, held_out: bool = False) -> Iterator[Example]:
         after = Text(reply, carried_input(operation, text.input))
         if rng.random() < _P_REWRITE:
             yield rewrite_example(operation, text, reply)
-        if rng.random() < _P_VERDICT:
+        for _ in range(rng.choice(_NUM_VERDICTS)):
             yield verdict_example(make_pair(rng, text, after, held_out=held_out))
         if rng.random() < _P_ANSWER:
             yield answer_example(text, rng)
@@ -98,18 +114,26 @@ def _choose(rng: random.Random, instruction: str) -> Operation:
 def make_pair(rng: random.Random, text: Text, after: Text, *, held_out: bool = False) -> Pair:
     """Mostly a text and its rewrite; else another pair that a reviewer may meet."""
     chance = rng.random()
-    if chance < 0.55:
+    if chance < 0.45:
         return _pair(text, after)
-    if chance < 0.63:
+    if chance < 0.58:
         return _pair(text, text)
-    if chance < 0.71:
+    if chance < 0.66:
         return _pair(after, text)
-    if chance < 0.83:
-        return _pair(text, make_text(rng, held_out=held_out))
-    if chance < 0.96:
+    if chance < 0.8:
+        return _pair(text, _readable_text(rng, held_out))
+    if chance < 0.94:
         changed = _change(rng, after.instruction, held_out=held_out)
         return _pair(text, Text(changed, after.input))
     return _pair(text, Text(_garbage(rng, text.instruction), text.input))
+
+
+def _readable_text(rng: random.Random, held_out: bool) -> Text:
+    """Some other text; words in no order would be garbage to the grammar."""
+    while True:
+        text = make_text(rng, held_out=held_out)
+        if p_not_equal("", text.instruction) > 0.5:
+            return text
 
 
 def _pair(before: Text, after: Text) -> Pair:

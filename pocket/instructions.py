@@ -11,6 +11,7 @@ from pocket.words import (
     NOUNS,
     OPENERS,
     PLAIN_WORDS,
+    STOCK_WORDS,
     UNITS,
     invented,
 )
@@ -161,8 +162,10 @@ def _wild(rng: random.Random, filler: _Filler) -> str:
 
 def _wild_word(rng: random.Random, filler: _Filler) -> str:
     chance = rng.random()
-    if chance < 0.5:
+    if chance < 0.3:
         return rng.choice(PLAIN_WORDS)
+    if chance < 0.55:
+        return rng.choice(STOCK_WORDS)
     slot = rng.choices(("w", "inv", "adj", "name", "num", "n"), (10, 6, 6, 2, 3, 2))[0]
     filler.pop(slot, None)  # each time another
     return filler[slot]

@@ -70,10 +70,14 @@ class Asked:
         """Whether the grammar finds the operation in the reply: its marker, or a new bare text."""
         before, after = read(self.parent.instruction), read(self.reply)
         if self.operation is Operation.BREADTH:
-            wanted = domain_of(before.core)
-            is_bare = not after.applied and after.core != before.core
-            return is_bare and (wanted is None or domain_of(after.core) == wanted)
+            return not after.applied and after.core != before.core
         return str(self.operation) in after.applied - before.applied
+
+    @property
+    def keeps_domain(self) -> bool | None:
+        """Whether the reply's domain is its parent's; None where the grammar knows none."""
+        wanted = domain_of(read(self.parent.instruction).core)
+        return None if wanted is None else domain_of(read(self.reply).core) == wanted
 
     @property
     def is_faithful(self) -> bool:
@@ -181,9 +185,8 @@ def unseen_pairs(count: int) -> list[Pair]:
         rng = random.Random(_FIRST_SEED - number)
         operation = rng.choice(OPERATIONS)
         after = rewrite(operation, text.instruction, rng.getrandbits(62))
-        pairs.append(
-            make_pair(rng, text, Text(after, carried_input(operation, text.input)), held_out=True)
-        )
+        after_text = Text(after, carried_input(operation, text.input))
+        pairs.append(make_pair(rng, text, after_text, held_out=True))
     return pairs
 
 
@@ -210,6 +213,13 @@ def summarise(asked: Sequence[Asked]) -> dict[str, Any]:
         "by_operation": by_operation,
         "keeps_parent": _share(
             [each.is_faithful for each in fruitful if each.operation is not Operation.BREADTH]
+        ),
+        "breadth_keeps_domain": _share(
+            [
+                each.keeps_domain
+                for each in fruitful
+                if each.operation is Operation.BREADTH and each.keeps_domain is not None
+            ]
         ),
         "adds_10_to_20_words": _share(
             [

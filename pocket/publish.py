@@ -63,8 +63,9 @@ Measured by `python -m pocket.measure` (temperature 0.7, float32); the grammar i
 {figures}
 
 Accepted: rules 1 and 4, with its own verdict. Recognised: the grammar's reader finds the
-operation's mark in the rewrite; for breadth, a new text of the same domain. Fruitful and
-pointless: what the operation would do in the grammar's world.
+operation's mark in the rewrite; for breadth, a new text without marks. Domain: of those whose
+domain the grammar knows. Fruitful and pointless: what the operation would do in the grammar's
+world.
 """
 
 
@@ -119,6 +120,7 @@ def _figures(measured: dict[str, Any]) -> str:
         "accepted": "... accepted",
         "accepted_and_recognised": "... accepted and recognised",
         "keeps_parent": "... keep their parent word for word",
+        "breadth_keeps_domain": "... by breadth, of their parent's domain",
         "adds_10_to_20_words": "... add 10 to 20 words",
         "pointless": "pointless ones asked for",
         "pointless_called_equal": "... called Equal by its own verdict",
@@ -137,7 +139,9 @@ def _figures(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: float | int) -> str:
+def _cell(value: float | int | None) -> str:
+    if value is None:
+        return "none asked for"
     return str(value) if isinstance(value, int) else _percent(value)
 
 

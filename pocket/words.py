@@ -6,8 +6,12 @@ topics use the held-out ones alone. None of this is taken from the shipped seeds
 
 import hashlib
 import random
+import re
+from collections.abc import Iterable, Mapping
 from itertools import chain
 
+from pocket import frames
+from teams_hpc.llm.grammar.additions import HEADS, TAILS
 from teams_hpc.llm.grammar.slots import WORDS
 from teams_hpc.llm.grammar.subjects import DOMAIN_OF_WORD, FRAMES, SUBJECTS
 from teams_hpc.llm.grammar.words import ADJECTIVES, BREAKS, CODE_WORDS, FAMILIES
@@ -156,6 +160,59 @@ OPENERS = (*" ".join(FAMILIES.values()).split(), *sorted(CODE_WORDS))
 
 PLAIN_WORDS = tuple(sorted(BREAKS))
 """Function words and forms of verbs."""
+
+_EVERYDAY = """
+    afternoon answer apartment argument arm article aunt baby bag ball bank bed bill birthday blood
+    board boat body book boss bottle box boy bread breakfast bridge brother bus business butter
+    café cake call camera capital car card case cat century chair chance change child choice church
+    cinema city class clock club coat coffee company computer conversation cook copy corner cost
+    country couple course cousin cup customer dance date daughter day deal death degree dinner
+    doctor dog door dream dress drink driver ear earth effect egg end energy engine essay evening
+    event exam exercise experience eye face fact family farm father fear field fight film finger
+    fire fish floor flower food foot force forest form fork friend fruit game garden girl glass
+    goal gold government grass group guest guide hair half hall hand hat head health heart heat
+    height help hill history hobby hole holiday home horse hospital hotel hour house idea illness
+    interview job joke journey juice key kitchen knife lake language law leader leg length lesson
+    letter level library lie life light line lion list loss love luck lunch machine mail man map
+    market marriage match meal meat medicine meeting memory message metal method metre middle milk
+    mind minute mirror mistake money month moon morning mother mountain mouth movie museum music
+    name nation nature neck neighbour news night noise nose note number nurse office oil opinion
+    option owner page pain pair paper parent park part partner party past patient payment pen
+    people percent person phone photo piano picture piece place plan plane planet plant plate play
+    player pocket poem point police pool population post pot potato power present price prize
+    problem process product promise proof public pupil purpose question race radio rain rate reader
+    recipe record rent report result review rice right ring river road rock role roof room rope
+    round rule salad salt sand scale school science score sea season seat second secret sentence
+    service shape share sheep ship shirt shoe shop shoulder side sign sister size skill skin sky
+    sleep smell smoke snow soap society solution son song sound source space speech speed spring
+    square staff stage stairs star start state station stone storm story street stress student
+    subject success sugar summer sun supper surface survey sweater table talk task tax tea teacher
+    team teeth temperature term test text theory thing thought ticket time title tool top topic
+    tourist towel tower town toy trade train tree trick trip trouble trumpet truth type uncle
+    vaccine value vegetable view village visit visitor voice wall war water weather week weekend
+    weight wheel wife wind window winner winter woman wood word work worker world writer year youth
+"""
+_SLOT = re.compile(r"\{\w*\}")
+
+
+def _words_of(table: object) -> set[str]:
+    """Plain words of the phrases in a table, without what stands for something else."""
+    if isinstance(table, str):
+        words = _SLOT.sub(" ", table).replace(",", " ").replace(".", " ").split()
+        return {word for word in words if word.isalpha() and word.islower()}
+    parts = table.values() if isinstance(table, Mapping) else table
+    return set().union(*map(_words_of, parts)) if isinstance(parts, Iterable) else set()
+
+
+_TABLES = (HEADS, TAILS, FRAMES, frames.INSTRUCTIONS)
+STOCK_WORDS = tuple(
+    word
+    for word in sorted(
+        {*_EVERYDAY.split()} | _words_of((HEADS, TAILS, FRAMES, frames.INSTRUCTIONS))
+    )
+    if not is_held_out(word)
+)
+"""Words that phrases are made of: met in any order, none of them is foreseen where it is copied."""
 
 
 def invented(rng: random.Random, held_out: bool) -> str:

@@ -93,6 +93,11 @@ def test_examples_are_encoded_as_the_chat_template_would() -> None:
     examples = [example for number in range(25) for example in make_examples(number)]
     tokenizer = train_tokenizer((example.reply for example in examples), 400, 512)
     rows = [Row(example.prompt, "", example.reply) for example in examples]
-    assert encode(tokenizer, examples) == ChatFormat(tokenizer).encode(rows)
+    encoded, as_sft = encode(tokenizer, examples), ChatFormat(tokenizer).encode(rows)
+    assert [each.tokens for each in encoded] == [each.tokens for each in as_sft]
+    for example, ours, theirs in zip(examples, encoded, as_sft, strict=True):
+        learnt = tokenizer.decode(ours.tokens[ours.prompt_length : theirs.prompt_length])
+        repeated = example.prompt[len(example.prompt) - example.num_repeated :]
+        assert learnt == (f"{repeated}<|reply|>" if repeated else "")
     request = answer_request("Explain tides.", "", request_id="", seed=0)
     assert len(tokenizer(request.messages[0].content)["input_ids"]) > 3
