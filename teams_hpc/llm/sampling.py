@@ -23,23 +23,32 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
     return values.bitwise_xor_(_shift(values, _LAST_SHIFT))
 
 
-def _noise(keys: Sequence[tuple[int, int]], size: int, device: torch.device) -> torch.Tensor:
-    """Gumbel noise (keys, size), each row a function of its seed and position alone.
-
-    A counter-based generator works on all rows at once, on the device where the logits are.
-    """
+def _words(keys: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
+    """Two 32-bit words (2, keys) that are a function of each key's seed and position."""
     digests = [
         hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
         for seed, position in keys
     ]
-    words = torch.tensor([struct.unpack("<ii", digest) for digest in digests], dtype=torch.int32)
-    first, second = words.to(device)[:, :, None].unbind(1)
-    counter = torch.arange(size, dtype=torch.int32, device=device)
-    bits = _mix(_mix(counter + first).add_(second))
+    words = [struct.unpack("<ii", digest) for digest in digests]
+    return torch.tensor(words, dtype=torch.int32).T.to(device)
+
+
+def _gumbel(first: torch.Tensor, second: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise of some tokens, each a function of a key's two words and the token alone.
+
+    A counter-based generator works on all of them at once, on the device where the logits are.
+    """
+    bits = _mix(_mix(token + first).add_(second))
     # Uniform in (0, 1), finest near 0, where the likeliest tokens are decided. At 1, to which some
     # round, the noise would be infinite and rule out even the only token there is.
     uniform = bits.float().mul_(2.0**-32).remainder_(1.0).clamp_(2.0**-33, 1.0 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def _noise(keys: Sequence[tuple[int, int]], size: int, device: torch.device) -> torch.Tensor:
+    """Gumbel noise (keys, size) of all tokens."""
+    first, second = _words(keys, device)[:, :, None]
+    return _gumbel(first, second, torch.arange(size, dtype=torch.int32, device=device))
 
 
 def _ascending(values: torch.Tensor) -> torch.Tensor:
@@ -48,14 +57,13 @@ def _ascending(values: torch.Tensor) -> torch.Tensor:
     return values.sort(dim=-1).values
 
 
-def _keep_nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
+def _nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
     """Rule out tokens whose likelier ones alone reach `top_p`; ties stay together."""
     ordered = _ascending(scaled)
     likelier = 1.0 - ordered.softmax(-1).cumsum(-1)
     is_out = likelier >= top_p
     is_out[:, -1] = False
-    lowest = ordered.masked_fill(is_out, float("inf")).amin(-1, keepdim=True)
-    return scaled.masked_fill(scaled < lowest, float("-inf"))
+    return scaled >= ordered.masked_fill(is_out, float("inf")).amin(-1, keepdim=True)
 
 
 def next_tokens(
@@ -79,6 +87,11 @@ def next_tokens(
     if temperature == 0.0:
         return logits.argmax(-1)
     scaled = logits / temperature
-    if top_p < 1.0:
-        scaled = _keep_nucleus(scaled, top_p)
-    return (scaled + _noise(keys, logits.shape[-1], logits.device)).argmax(-1)
+    if top_p == 1.0:
+        return (scaled + _noise(keys, logits.shape[-1], logits.device)).argmax(-1)
+    # Few tokens are in the nucleus, and only those need noise.
+    rows, tokens = _nucleus(scaled, top_p).nonzero(as_tuple=True)
+    first, second = _words(keys, logits.device)[:, rows]
+    noisy = torch.full_like(scaled, float("-inf"))
+    noisy[rows, tokens] = scaled[rows, tokens] + _gumbel(first, second, tokens.int())
+    return noisy.argmax(-1)
