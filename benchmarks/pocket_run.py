@@ -26,6 +26,7 @@ def open_pocket_run(folder: Path, model: Path, *words: str) -> tuple[RunDir, Con
         "batch_size": 64,
         "threads": 1,
         "max_tokens": 160,
+        "temperature": 0.5,
     }
     roles = [
         f"{role}.{key}={value}"

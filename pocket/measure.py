@@ -87,7 +87,13 @@ class Asked:
 
 def load(folder: Path, **settings: Any) -> Engine:
     """The model as the quickstart loads it."""
-    values = {"dtype": "float32", "device": "cpu", "batching": "fixed", "max_tokens": 320}
+    values = {
+        "dtype": "float32",
+        "device": "cpu",
+        "batching": "fixed",
+        "max_tokens": 320,
+        "temperature": 0.5,
+    }
     return TransformersEngine(TransformersEngineConfig(model=folder, **(values | settings)))
 
 

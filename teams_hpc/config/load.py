@@ -2,6 +2,8 @@
 
 Layers, later ones win: schema defaults < files under `extends:` < the file < overrides.
 A relative path is relative to the file that names it, on the command line to the current folder.
+`shipped:NAME` is a folder that the package itself brings along, wherever it is installed.
+Setting another `kind` of engine drops the settings only the old kind has.
 """
 
 import difflib
@@ -30,6 +32,8 @@ _WITH_FOLDER = ("transformers", "vllm")
 _MOST_FAULTS = 10
 _DEFAULT_KIND = "template"
 _SHARED_ENGINE_KEYS = frozenset(EngineBase.model_fields)
+_SHIPPED = "shipped:"
+_DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 class _Located(str):
@@ -46,10 +50,22 @@ class _Located(str):
     def resolve(self) -> Path:
         if "\0" in self:
             raise ConfigError(f"{str(self)!r} is no path: it has a NUL character in it")
+        if self.startswith(_SHIPPED):
+            return _shipped(self.removeprefix(_SHIPPED))
         try:
             return _normal(Path(self.base, Path(self).expanduser()))
         except RuntimeError:
             raise ConfigError(f"{self}: there is no such home; write the whole path") from None
+
+
+def _shipped(name: str) -> Path:
+    """A folder below the package's data."""
+    folders = sorted(path.name for path in _DATA.iterdir() if path.is_dir())
+    if name not in folders:
+        raise ConfigError(
+            f"{_SHIPPED}{name}: the package brings no such folder; there are: {', '.join(folders)}"
+        )
+    return _DATA / name
 
 
 def _normal(path: Path) -> Path:

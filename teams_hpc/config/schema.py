@@ -57,7 +57,10 @@ class TransformersEngineConfig(EngineBase):
     """A local Llama-family folder through transformers."""
 
     kind: Literal["transformers"] = "transformers"
-    model: Path = Field(description="folder with config.json, safetensors and a tokenizer")
+    model: Path = Field(
+        description="folder with config.json, safetensors and a tokenizer; "
+        "shipped:pocket-llama is the small one that comes with the package"
+    )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: Count = Field(32, description="most requests in one forward batch")

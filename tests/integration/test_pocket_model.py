@@ -25,21 +25,36 @@ from pocket.measure import (
     unseen_texts,
 )
 from pocket.publish import SHIPPED
+from teams_hpc.config import load_config
 from teams_hpc.llm.base import Engine, ScoreRequest, Task, complete_all
 from teams_hpc.llm.chat_text import ChatText
 from teams_hpc.llm.grammar.world import is_fruitful
-from teams_hpc.llm.ledger import Ledger
 from teams_hpc.llm.local_model import load_tokenizer
 from teams_hpc.rewriting.operations import OPERATIONS, answer_request, rewrite_request
 from teams_hpc.rewriting.reviewer import (
     OPTIONS,
     Pair,
-    Reviewer,
-    sanity_accuracy,
     verdict_messages,
 )
 
 ROOT = Path(__file__).parents[2]
+SMALL_RUN = f"""
+name: small
+extends: {ROOT / "configs" / "quickstart.yaml"}
+seeds: {{limit: 40}}
+policy: {{num_members: 1, iterations: 2, num_envs: 8, num_bootstrap: 100, num_eval_episodes: 1}}
+generate: {{num_steps: 2, unit_size: 16}}
+sft:
+  model: {{vocab_size: 400, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1,
+          num_attention_heads: 2, num_key_value_heads: 2}}
+  schedule_steps: 4
+  global_batch_rows: 2
+  micro_batch_rows: 1
+  warmup_steps: 1
+  checkpoint_interval_steps: 2
+  eval_interval_steps: 2
+evaluate: {{num_bootstrap: 100, control_steps: 5}}
+"""
 TINY = (
     "sft.model.vocab_size=600",
     "sft.model.hidden_size=32",
@@ -60,15 +75,11 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    if not SHIPPED.exists():
-        pytest.skip("no pocket Llama was made here: make pocket-model")
     return load(SHIPPED, threads=1)
 
 
 @pytest.fixture(scope="module")
 def chat() -> ChatText:
-    if not SHIPPED.exists():
-        pytest.skip("no pocket Llama was made here: make pocket-model")
     tokenizer = load_tokenizer(SHIPPED)
     return ChatText(
         tokenizer=tokenizer,
@@ -78,11 +89,14 @@ def chat() -> ChatText:
     )
 
 
-def test_it_is_small_and_says_what_it_is(chat: ChatText) -> None:
+def test_it_is_small_and_says_what_it_is() -> None:
     size = sum(path.stat().st_size for path in SHIPPED.iterdir())
     assert size < 10_000_000
     card = (SHIPPED / "README.md").read_text(encoding="utf-8")
     assert "What it is not" in card
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    for role in (config.instructor, config.reviewer, config.expert):
+        assert role.model == SHIPPED  # type: ignore[union-attr]
 
 
 def test_prompts_are_compact_so_this_model_was_made_for_them(chat: ChatText) -> None:
@@ -113,32 +127,25 @@ def test_fixed_parts_of_prompts_survive_the_tokenizer(chat: ChatText) -> None:
 
 
 def test_verdicts_on_unseen_topics(engine: Engine) -> None:
-    assert measure_verdicts(engine, unseen_pairs(200))["auc"] >= 0.9
-    assert sanity_accuracy(Reviewer(engine, "likelihood", Ledger())) >= 0.9
+    assert measure_verdicts(engine, unseen_pairs(400))["auc"] >= 0.9
 
 
-@pytest.mark.parametrize("which", ["unseen", "seeds"])
-def test_fruitful_rewrites_are_accepted_and_show_their_operation(
-    engine: Engine, which: str
-) -> None:
-    texts = list(unseen_texts(40)) if which == "unseen" else seed_texts()[::5]
+def test_rewrites_on_unseen_topics_are_accepted_and_show_their_operation(engine: Engine) -> None:
     work = [
         (operation, text)
-        for operation, text in itertools.product(OPERATIONS, texts)
+        for operation, text in itertools.product(OPERATIONS, unseen_texts(204))
         if is_fruitful(operation, text.instruction)
     ]
-    found = summarise(ask_rewrites(engine, work, which))
-    assert found["fruitful"] == len(work) > 60
+    found = summarise(ask_rewrites(engine, work, "unseen"))
+    assert found["fruitful"] == len(work) > 400
     assert found["accepted_and_recognised"] >= 0.95
 
 
-def test_pointless_operations_give_what_the_reviewer_calls_equal(engine: Engine) -> None:
-    work = [
-        (operation, text)
-        for operation, text in itertools.product(OPERATIONS, seed_texts()[::8])
-        if not is_fruitful(operation, text.instruction)
-    ]
-    assert summarise(ask_rewrites(engine, work))["pointless_called_equal"] >= 0.8
+def test_fruitful_operations_gain_more_than_pointless_ones(engine: Engine) -> None:
+    """On the shipped seeds, where a policy learns."""
+    work = list(itertools.product(OPERATIONS, seed_texts()[::4]))
+    found = summarise(ask_rewrites(engine, work))
+    assert found["accepted"] > 1 - found["pointless_called_equal"] + 0.2
 
 
 def test_answers_pass_the_rules_and_speak_of_the_instruction(engine: Engine) -> None:
@@ -159,6 +166,28 @@ def test_replies_and_verdicts_do_not_depend_on_the_batch(engine: Engine) -> None
     pairs = [Pair(before=text.instruction, after=f"{text.instruction} Sing.") for text in texts]
     alone = [judge(engine, [pair])[0] for pair in pairs]
     assert judge(engine, pairs) == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_whole_run_has_it_in_every_role(tmp_path: Path) -> None:
+    """The quickstart's configuration, smaller."""
+    config, root = tmp_path / "small.yaml", tmp_path / "run"
+    config.write_text(SMALL_RUN)
+    for words in (("run", str(config), f"run_dir={root}"), ("verify", str(root))):
+        found = subprocess.run(
+            (sys.executable, "-m", "teams_hpc", *words),
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert found.returncode == 0, found.stdout + found.stderr
+    generate = json.loads((root / "generate" / "manifest.json").read_text())
+    assert generate["exactness"] == "exact"
+    assert generate["counts"]["kept"] > 20
+    page = (root / "report" / "report.html").read_text(encoding="utf-8")
+    assert page.count("model (transformers)") == 3
 
 
 def start(run_dir: Path, *words: str) -> subprocess.Popen[str]:

@@ -31,6 +31,7 @@ def test_the_shipped_files_are_all_here() -> None:
     names = {path.stem for path in SHIPPED}
     assert names >= {
         "quickstart",
+        "quickstart-template",
         "paper-llama1-7b",
         "llama2-7b-a100",
         "llama3-8b-a100",
@@ -54,6 +55,27 @@ def test_layers_override_in_order(tmp_path: Path) -> None:
     config = load_config(path, ["seed=3", "seed=4"])
     assert (config.seed, config.site.num_workers, config.policy.num_envs) == (4, 3, 5)
     assert load_config(path).seed == 2
+
+
+def test_shipped_names_a_folder_of_the_package(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.yaml", "name: a\nexpert: {kind: transformers}\n")
+    config = load_config(path, ["expert.model=shipped:pocket-llama"])
+    assert config.expert.kind == "transformers"
+    assert (config.expert.model / "config.json").is_file()
+    assert load_resolved(write(tmp_path / "config.yaml", dump_yaml(config))) == config
+    with pytest.raises(ConfigError, match=r"shipped:\.\./data: .* there are: pocket-llama"):
+        load_config(path, ["expert.model=shipped:../data"])
+
+
+def test_the_quickstart_has_a_variant_without_a_model() -> None:
+    model, grammar = (
+        load_config(next(path for path in SHIPPED if path.stem == name))
+        for name in ("quickstart", "quickstart-template")
+    )
+    for role in ("instructor", "reviewer", "expert"):
+        assert getattr(model, role).kind == "transformers"
+        assert getattr(grammar, role).kind == "template"
+    assert grammar.sft == model.sft
 
 
 def test_relative_paths_start_where_they_are_named(
