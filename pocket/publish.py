@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from pocket.data import EXAMPLES_SCHEMA
 from teams_hpc.config import Config
 from teams_hpc.llm.template_engine import GRAMMAR_SCHEMA
@@ -88,7 +90,7 @@ def model_card(run_dir: RunDir, config: Config, measured: dict[str, Any]) -> str
     if made is None or data is None:
         raise AssertionError("a card is written of a model that is done")
     return _CARD.format(
-        millions=made["parameters"] / 1e6,
+        millions=_num_parameters(run_dir.model / "model.safetensors") / 1e6,
         layers=shape["num_hidden_layers"],
         width=shape["hidden_size"],
         megabytes=(run_dir.model / "model.safetensors").stat().st_size / 1e6,
@@ -101,6 +103,11 @@ def model_card(run_dir: RunDir, config: Config, measured: dict[str, Any]) -> str
         schema=EXAMPLES_SCHEMA,
         figures=_figures(measured),
     )
+
+
+def _num_parameters(path: Path) -> int:
+    """Of the file: an output layer that is tied to the embeddings counts once."""
+    return sum(tensor.numel() for tensor in load_file(path).values())
 
 
 def _figures(measured: dict[str, Any]) -> str:
