@@ -15,7 +15,6 @@ from containers.older_glibc import NotSafeError, reach_back
 HERE = Path(__file__).parent
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-MIRROR = "http://deb.debian.org/debian"
 # Where the package looks for its configuration, once it doesn't lie in /usr.
 LINKS = {"usr/etc": "../etc", "usr/var": "../var", "usr/lib/etc": "../../etc"}
 LINKS["usr/lib/var"] = "../../var"
@@ -118,8 +117,9 @@ def _unpack_newest(folder: Path) -> None:
     for name in ("lists/partial", "cache/archives/partial", "parts"):
         (apt / name).mkdir(parents=True, exist_ok=True)
     mirror = re.search(r"^URIs: *(\S+)", SOURCES.read_text(), re.MULTILINE)
-    mirror_url = mirror[1] if mirror else MIRROR
-    (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {mirror_url} sid main\n")
+    if mirror is None:
+        raise UnavailableError(f"no Apptainer on PATH, and {SOURCES} names no mirror to fetch one")
+    (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {mirror[1]} sid main\n")
     settings = {
         "Dir::Etc::sourcelist": apt / "sources.list",
         "Dir::Etc::sourceparts": apt / "parts",

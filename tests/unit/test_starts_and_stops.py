@@ -54,6 +54,9 @@ def test_progress_resets_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for number in range(8):
         metrics.write_text("x" * (number // 2), encoding="utf-8")
         record_start(run_dir, CONFIG, stage, 0)
+    record_start(run_dir, CONFIG, stage, 0)  # the third with what is there now
+    with pytest.raises(WorkError, match="restarted 3 times without progress"):
+        record_start(run_dir, CONFIG, stage, 0)
 
 
 def test_the_marker_names_job_and_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
