@@ -8,6 +8,7 @@ a function of the chain's own text and history.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,10 +28,11 @@ from teams_hpc.rewriting.observation import History, Observer
 from teams_hpc.rewriting.operation_policy import OperationPolicy, choose
 from teams_hpc.rewriting.operations import (
     OPERATIONS,
-    added_words,
     answer_request,
     carried_input,
     clean_rewrite,
+    count_words,
+    num_added,
     prompt_hash,
     rewrite_request,
 )
@@ -89,6 +91,7 @@ class Chain:
     rows: list[Row] = field(default_factory=list)
     _instruction: str = ""
     _input: str = ""
+    _counted: dict[str, Counter[str]] = field(default_factory=dict)
     _parent_id: str = ""
     _history: History = field(default_factory=History.start)
     _row: Row = field(default_factory=dict)
@@ -254,11 +257,14 @@ class Chain:
         operation = OPERATIONS[self._row["operation"]]
         settings = self.steering.settings
         text = clean_rewrite(completion.text)
+        old = self._counted.get(self._instruction) or count_words(self._instruction)
+        new = count_words(text)
+        self._counted = {self._instruction: old, text: new}
         self._row |= {
             "instruction": text,
             "input": carried_input(operation, self._input),
             "rewrite_finish": _FINISH[completion.finish_reason],
-            "added_words": added_words(self._instruction, text),
+            "added_words": num_added(old, new),
         }
         reason = check_rewrite(
             operation,

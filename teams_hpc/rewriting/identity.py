@@ -7,13 +7,15 @@ a counter-based function of that id and a purpose.
 import hashlib
 from collections.abc import Iterable
 
+from teams_hpc.storage.length_prefixed import joined
+
 _TWO_53 = float(1 << 53)
 
 
 def length_prefixed(parts: Iterable[str | int]) -> bytes:
     """The parts as bytes that no other parts give, each after its length."""
     encoded = [str(part).encode("utf-8", "surrogatepass") for part in parts]
-    return b"".join([piece for one in encoded for piece in (len(one).to_bytes(8, "little"), one)])
+    return joined(encoded)
 
 
 def _digest(parts: tuple[str | int, ...], size: int) -> bytes:

@@ -4,8 +4,10 @@ Numpy in float64, one row at a time: what is chosen for a record never depends o
 batch, nor on a library's threads.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, Protocol, cast, get_args
 
@@ -159,5 +161,6 @@ def choose(probabilities: Floats, uniform: float, action: Literal["sample", "arg
     """
     if action == "argmax":
         return int(np.argmax(probabilities))
-    chosen = int(np.searchsorted(np.cumsum(probabilities), uniform, side="right"))
-    return min(chosen, int(np.flatnonzero(probabilities)[-1]))
+    values = probabilities.tolist()  # of six numbers: numpy would take ten times as long
+    chosen = bisect_right(list(accumulate(values)), uniform)
+    return min(chosen, max(code for code, value in enumerate(values) if value))

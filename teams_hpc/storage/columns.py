@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from teams_hpc.storage.length_prefixed import joined
+
 TEXT = "text"
 
 
@@ -125,6 +127,4 @@ def little_endian_bytes(values: NDArray[Any]) -> bytes:
 
 def hash_texts(state: Any, encoded: Sequence[bytes]) -> None:
     """Add texts to a hash, each after its length."""
-    state.update(
-        b"".join(part for value in encoded for part in (len(value).to_bytes(8, "little"), value))
-    )
+    state.update(joined(encoded))
