@@ -15,7 +15,8 @@ from teams_hpc.runtime.step import Step
 from teams_hpc.storage.lease import Holder, Lease, read_holder
 
 _POLL_S = 0.05
-_CHOOSING = -1
+_SHOWN_BITS = 32
+_CHOOSING = (1 << _SHOWN_BITS) - 1
 _TURN_SHIFT = 32
 _BLOCKS_OF_A_RUN = 64
 _LARGEST_BLOCK = 16
@@ -63,6 +64,10 @@ class UnitQueue:
         published: Units that have their file.
         is_published: Whether one has.
         fits: Whether a unit may fit into the budget, as far as is known.
+
+    Attributes:
+        publishing: A unit that this process has run and that is being published while it takes the
+            next one; its block isn't let go.
     """
 
     step: Step
@@ -73,6 +78,7 @@ class UnitQueue:
     published: Callable[[], set[int]]
     is_published: Callable[[int], bool]
     fits: Callable[[int], bool]
+    publishing: int | None = None
     _free: dict[int, Lease] = field(default_factory=dict)
     _held: dict[int, Lease] = field(default_factory=dict)
 
@@ -87,18 +93,26 @@ class UnitQueue:
             check_stop: Called while waiting for another process of this step.
         """
         while True:
-            self.step.show(_CHOOSING)
+            self._show(_CHOOSING)
             turn, place = divmod(self.step.take_number(), self._size)
             if place == 0:
                 self._note(turn, self._claim_block())
             found = self._read_note(turn, check_stop)
             if isinstance(found, Outlook):
-                self.step.show(0)
+                self._show(0)
                 return found
-            self.step.show(found + 1)
+            self._show(found + 1)
             claim = self._claim_of(found, place)
             if claim is not None:
                 return claim
+
+    def _show(self, at: int) -> None:
+        """Let the others see where this process is: choosing, nowhere (0), or in a block (+ 1)."""
+        self.step.show(self._publishing_in << _SHOWN_BITS | at)
+
+    @property
+    def _publishing_in(self) -> int:
+        return 0 if self.publishing is None else self.publishing // self._size + 1
 
     def _note(self, turn: int, found: int | Outlook) -> None:
         """Say which block the turn is about, or why none; an old note is told by its turn."""
@@ -160,12 +174,14 @@ class UnitQueue:
 
         Their places have all been drawn, since this process has just drawn a later one.
         """
-        others = self.step.shown()
-        del others[self.step.rank]
-        if _CHOOSING in others:  # may be about to begin in any of them
+        words = self.step.shown()
+        del words[self.step.rank]
+        at = {word & _CHOOSING for word in words}
+        if _CHOOSING in at:  # may be about to begin in any of them
             return
+        busy = {self._publishing_in, *at, *(word >> _SHOWN_BITS for word in words)}
         for block in list(self._held):
-            if block + 1 not in others:
+            if block + 1 not in busy:
                 self._held.pop(block).release()
 
     def close(self) -> None:

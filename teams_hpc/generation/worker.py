@@ -3,7 +3,11 @@
 import logging
 import os
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from teams_hpc.config import Config
 from teams_hpc.config.schema import EngineConfig, TransformersEngineConfig
@@ -21,6 +25,7 @@ from teams_hpc.generation.published import (
     is_published,
     published_units,
 )
+from teams_hpc.generation.publisher import Publisher
 from teams_hpc.generation.queue import Claim, Outlook, UnitQueue
 from teams_hpc.generation.retry import (
     Retry,
@@ -85,6 +90,12 @@ def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> Non
         finally:
             worker.close()
         worker.finish()
+
+
+def _check_claim(log: UnitLog, claim: Claim) -> None:
+    """Raises `ClaimLost` once the unit is another's."""
+    if not (log.is_there and claim.is_held()):
+        raise ClaimLost
 
 
 def _slots_to_refill(config: EngineConfig) -> int | None:
@@ -152,6 +163,7 @@ class _Worker:
     stop: StopFlag
     _equipment: _Equipment | None = None
     _queue: UnitQueue | None = None
+    _publisher: Publisher = field(default_factory=Publisher)
     _has_success: bool = False
     _shown: float = float("-inf")
     _lines: PublishedLines = field(init=False)
@@ -186,6 +198,8 @@ class _Worker:
             if isinstance(found, Claim):
                 self._run_claimed(found)
                 continue
+            if self._await_publishing():  # which may have been what was missing
+                continue
             if found is Outlook.TOO_DEAR and not self._budget.has_released:
                 raise self._budget_error()
             # Who is still at work may give back what it reserved.
@@ -206,9 +220,22 @@ class _Worker:
             done = len(published_units(self.run_dir))
             self.stop.raise_if_set(f"{done} of {self.plan.num_units} units")
 
+    def _await_publishing(self) -> bool:
+        """Wait until the last unit is published; False if it was already.
+
+        Raises:
+            WorkError: It could not be: the disk is full, say.
+        """
+        was_pending = self._publisher.wait()
+        assert self._queue is not None
+        self._queue.publishing = None
+        return was_pending
+
     def _run_claimed(self, claim: Claim) -> None:
-        """Run a unit to its published file, unless it doesn't fit into the budget."""
+        """Run a unit, unless it doesn't fit into the budget, and begin to publish it."""
         unit = claim.unit
+        if self._budget.limit is not None:
+            self._await_publishing()  # what that unit doesn't need of its share may be needed here
         equipment = self._equip()
         engines = equipment.engines()
         log = UnitLog(
@@ -220,18 +247,38 @@ class _Worker:
         needed = self._worst_case(unit) - log.num_durable_expert_calls
         if not self._budget.reserve(unit, needed):
             return
+        with ExitStack() as stack:
+            stack.enter_context(self._ending(log, claim))
+            rows = self._run(log, claim, equipment)
+            assert self._queue is not None
+            self._queue.publishing = unit
+            self._publisher.begin(partial(self._publish, log, claim, rows, stack.pop_all()))
+
+    @contextmanager
+    def _ending(self, log: UnitLog, claim: Claim) -> Iterator[None]:
+        """However work on a unit ends: close its journal and give back what was reserved."""
         try:
-            counts = self._run(log, claim, equipment)
+            yield
         except ClaimLost:
-            _log.warning("unit %d was taken over by another process", unit)
-            return
+            _log.warning("unit %d was taken over by another process", claim.unit)
         finally:
             log.close()
             if claim.is_held():
-                self._budget.give_back(unit)
-        _log.info("unit %d: %d rows, %d kept", unit, counts["attempted"], counts["kept"])
-        if time.monotonic() - self._shown > _SHOW_EVERY_S:
-            self._show_progress(counts)
+                self._budget.give_back(claim.unit)
+
+    def _publish(
+        self, log: UnitLog, claim: Claim, rows: Sequence[Row], ending: AbstractContextManager[Any]
+    ) -> None:
+        """In the publisher's thread, while the next unit runs."""
+        with ending:
+            before = usage_before(self.run_dir, log.unit) if self.retry is not None else None
+            _check_claim(log, claim)
+            engines = self._equip().engines()
+            counts = publish_unit(self.run_dir, log, rows, engines, self._lines, before)
+            kept = counts["kept"]
+            _log.info("unit %d: %d rows, %d kept", log.unit, counts["attempted"], kept)
+            if time.monotonic() - self._shown > _SHOW_EVERY_S:
+                self._show_progress(counts)
 
     def _equip(self) -> _Equipment:
         if self._equipment is None:
@@ -249,11 +296,8 @@ class _Worker:
             num_chains = self.retry.failed_chains[unit]
         return num_chains * (2 * steps if self.config.generate.answer == "every" else steps + 1)
 
-    def _run(self, log: UnitLog, claim: Claim, equipment: _Equipment) -> Counts:
-        def check_claim() -> None:
-            if not (log.is_there and claim.is_held()):
-                raise ClaimLost
-
+    def _run(self, log: UnitLog, claim: Claim, equipment: _Equipment) -> list[Row]:
+        """The unit's rows; the one before is published by then."""
         chains, rows_of_chains = self._chains(log.unit, equipment.steering)
         calls = Calls(
             log=log,
@@ -261,15 +305,14 @@ class _Worker:
             reviewer=Reviewer(equipment.reviewer, self.config.reviewer.verdict, Ledger()),
             digests=equipment.digests,
             batch_size=fixed_batch_size(self.config.expert),
-            check_claim=check_claim,
+            check_claim=partial(_check_claim, log, claim),
         )
         where = f"part of unit {log.unit} of {self.plan.num_units}"
         UnitRunner(chains=chains, calls=calls, stop=self.stop, what=where).run()
         rows = [row for of_chain in rows_of_chains for row in of_chain]
+        self._await_publishing()
         self._refuse_dead_engine(log, rows)
-        before = usage_before(self.run_dir, log.unit) if self.retry is not None else None
-        check_claim()
-        return publish_unit(self.run_dir, log, rows, equipment.engines(), self._lines, before)
+        return rows
 
     def _chains(self, unit: int, steering: Steering) -> tuple[list[Chain], list[list[Row]]]:
         """Chains to be made, and where the rows of all chains of the unit will be."""
@@ -311,12 +354,13 @@ class _Worker:
         self._progress.update(done, self.plan.num_rows, kept)
 
     def close(self) -> None:
-        """Free what the engines hold."""
-        if self._queue is not None:
-            self._queue.close()
-        if self._equipment is not None:
-            self._equipment.close()
-            self._equipment = None
+        """Wait for what is being published; give claims back, and free what the engines hold."""
+        with ExitStack() as stack:
+            if self._equipment is not None:
+                stack.callback(self._equipment.close)
+            if self._queue is not None:
+                stack.callback(self._queue.close)
+            stack.callback(self._publisher.close)
 
     def finish(self) -> None:
         """Write the manifest, unless another worker has; then clear away what is left over."""

@@ -170,7 +170,7 @@ def added_words(before: str, after: str) -> int:
 
 
 def num_added(old: Counter[str], new: Counter[str]) -> int:
-    """`added_words` of texts whose words are counted: a parent's are needed for all its rewrites."""
+    """`added_words` of counted texts: a parent is compared with each of its rewrites."""
     return sum([count - min(count, old[word]) for word, count in new.items()])
 
 

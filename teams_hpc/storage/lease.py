@@ -3,7 +3,8 @@
 A claim is a small file, taken by an exclusive `link`. It is stale if its holder ran on this host
 and is gone, or was an earlier start of the same Slurm job, or if its heartbeat has not moved for
 `lease_s` on the observer's own monotonic clock. Clocks of two machines are never compared. A claim
-saves work; correctness never hangs on it.
+saves work; correctness never hangs on it. Nor is it made durable: a machine that loses it has lost
+its holder too, and one that comes back torn is a stranger's, without a heartbeat.
 """
 
 import json
@@ -17,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 
 from teams_hpc.errors import RunInUseError
-from teams_hpc.storage.atomic import write_json
 
 _PATIENCE_S = 10.0
 
@@ -112,9 +112,9 @@ class Lease:
                 return False
             self._remove(found[0])
         holder = Holder.me()
-        temporary = self.path.with_name(f".{self.path.name}.{holder.token}.tmp")
+        temporary = self._temporary(holder)
         try:
-            write_json(temporary, self._content(holder))
+            temporary.write_text(self._content(holder), encoding="utf-8")
             os.link(temporary, self.path)
         except (FileExistsError, FileNotFoundError):
             # Taken; or who ends the stage cleared away what looked like a dead process's leftover.
@@ -176,9 +176,12 @@ class Lease:
     ) -> None:
         self.release()
 
-    def _content(self, holder: Holder) -> dict[str, object]:
+    def _temporary(self, holder: Holder) -> Path:
+        return self.path.with_name(f".{self.path.name}.{holder.token}.tmp")
+
+    def _content(self, holder: Holder) -> str:
         values = {name: getattr(holder, name) for name in Holder.__slots__}
-        return {"holder": values, "beat": self._beat}
+        return json.dumps({"holder": values, "beat": self._beat}, indent=1) + "\n"
 
     def _is_stale(self, holder: Holder, beat: int) -> bool:
         if holder.is_an_earlier_start_of(Holder.me()):
@@ -212,6 +215,8 @@ class Lease:
                 if self._holder is None or not self.is_held():
                     return
                 self._beat += 1
-                write_json(self.path, self._content(self._holder))
+                temporary = self._temporary(self._holder)
+                temporary.write_text(self._content(self._holder), encoding="utf-8")
+                temporary.replace(self.path)
             except OSError:  # a full disk, a server away for a while: the next beat may pass
                 continue

@@ -63,12 +63,14 @@ def test_a_claim_cleared_away_while_it_is_written_is_not_had(
 ) -> None:
     """Who ends a stage removes temporary files of dead workers, and may meet a living one's."""
 
-    def cleared(path: Path, value: object) -> None:
-        write_json(path, value)
-        path.unlink()
+    link = os.link
+
+    def cleared(temporary: Path, path: Path) -> None:
+        temporary.unlink()
+        link(temporary, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr("teams_hpc.storage.lease.write_json", cleared)
+        patch.setattr("teams_hpc.storage.lease.os.link", cleared)
         assert not Lease(tmp_path / "leases" / "claim").acquire()
     with Lease(tmp_path / "leases" / "claim") as lease:
         assert lease.acquire()
