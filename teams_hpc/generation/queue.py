@@ -86,11 +86,13 @@ class UnitQueue:
     def _size(self) -> int:
         return block_size(self.num_units)
 
-    def take(self, check_stop: Callable[[], None]) -> Claim | Outlook:
+    def take(self, check_stop: Callable[[], None], *, looks_anew: bool = False) -> Claim | Outlook:
         """The next unit of this step, or why there is none at the moment.
 
         Args:
             check_stop: Called while waiting for another process of this step.
+            looks_anew: Something has changed since others were found busy: don't take a note's word
+                for it.
         """
         while True:
             self._show(_CHOOSING)
@@ -98,6 +100,8 @@ class UnitQueue:
             if place == 0:
                 self._note(turn, self._claim_block())
             found = self._read_note(turn, check_stop)
+            if found is Outlook.BUSY and looks_anew and place:
+                continue
             if isinstance(found, Outlook):
                 self._show(0)
                 return found

@@ -193,12 +193,17 @@ class _Worker:
             is_published=lambda unit: is_published(self.run_dir, unit),
             fits=self._may_fit,
         )
-        while (found := self._queue.take(self._check_stop)) is not Outlook.DONE:
+        was_published = False
+        while (
+            found := self._queue.take(self._check_stop, looks_anew=was_published)
+        ) is not Outlook.DONE:
             self._check_stop()
             if isinstance(found, Claim):
+                was_published = False
                 self._run_claimed(found)
                 continue
-            if self._await_publishing():  # which may have been what was missing
+            was_published = self._await_publishing()  # which may have been all that was missing
+            if was_published:
                 continue
             if found is Outlook.TOO_DEAR and not self._budget.has_released:
                 raise self._budget_error()

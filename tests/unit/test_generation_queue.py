@@ -21,6 +21,7 @@ class Run:
         self.published: set[int] = set()
         self.queues = [self._queue(number) for number in range(NUM_STEPS)]
         self.working: dict[int, Claim] = {}
+        self.publishing: dict[int, Claim] = {}
 
     def _queue(self, number: int) -> UnitQueue:
         return UnitQueue(
@@ -34,28 +35,40 @@ class Run:
             fits=lambda unit: True,
         )
 
-    def take(self, number: int) -> Claim | Outlook:
-        found = self.queues[number].take(lambda: None)
+    def take(self, number: int, *, looks_anew: bool = False) -> Claim | Outlook:
+        found = self.queues[number].take(lambda: None, looks_anew=looks_anew)
         if isinstance(found, Claim):
             assert found.unit not in self.published
-            assert found.unit not in {claim.unit for claim in self.working.values()}
+            busy = (*self.working.values(), *self.publishing.values())
+            assert found.unit not in {claim.unit for claim in busy}
             self.working[number] = found
         return found
 
     def publish(self, number: int) -> None:
-        claim = self.working.pop(number)
+        """Begin to publish what was run; what was begun before is published by then."""
+        self.await_publishing(number)
+        self.publishing[number] = self.working.pop(number)
+        self.queues[number].publishing = self.publishing[number].unit
+
+    def await_publishing(self, number: int) -> bool:
+        self.queues[number].publishing = None
+        if (claim := self.publishing.pop(number, None)) is None:
+            return False
         assert claim.is_held()
         self.published.add(claim.unit)
+        return True
 
     def stop(self, number: int) -> None:
-        """Give all claims back, and start anew."""
+        """Give all claims back once all is published, and start anew."""
         self.working.pop(number, None)
+        self.await_publishing(number)
         self.queues[number].close()
         self.queues[number] = self._queue(number)
 
     def die(self, number: int) -> None:
         """Leave all claims behind, as of a process that is gone, and start anew."""
         self.working.pop(number, None)
+        self.publishing.pop(number, None)
         for lease in self.queues[number]._held.values():
             content = json.loads(lease.path.read_text())
             content["holder"]["process_start"] = "long ago"
@@ -87,9 +100,13 @@ def test_every_unit_is_made_by_one_step_at_a_time(
             run.take(number)
     for number in range(NUM_STEPS):
         run.die(number)
-    while (found := run.take(0)) is not Outlook.DONE:
-        assert isinstance(found, Claim)  # nobody else is left: nothing to wait for
-        run.publish(0)
+    was_published = False
+    while (found := run.take(0, looks_anew=was_published)) is not Outlook.DONE:
+        was_published = not isinstance(found, Claim)
+        if isinstance(found, Claim):
+            run.publish(0)
+        else:  # nobody else is left: there is nothing else to wait for
+            assert run.await_publishing(0)
     assert run.published == set(range(num_units))
 
 
@@ -109,4 +126,38 @@ def test_a_step_waits_for_another_s_block_and_says_when_nothing_fits(tmp_path: P
     assert run.take(1) is Outlook.TOO_DEAR
     assert isinstance(run.take(2), Claim)
     run.publish(2)
+    assert run.take(2) is Outlook.BUSY
+    run.await_publishing(2)
     assert run.take(1) is Outlook.DONE
+
+
+class ThreeSteps(SoloStep):
+    """One process of a step of three: what the other two show is given."""
+
+    def __init__(self, others: list[int]) -> None:
+        super().__init__()
+        self.others = others
+
+    def shown(self) -> list[int]:
+        return [*super().shown(), *self.others]
+
+
+def test_a_block_is_kept_while_any_process_of_the_step_publishes_a_unit_of_it(
+    tmp_path: Path,
+) -> None:
+    run = Run(tmp_path, 3)
+    run.published = {0}
+    queue, other = run.queues[0], run.queues[1]
+    other.publishing = 1
+    other._show(0)  # it looks for its next unit by now
+    queue.step = ThreeSteps([other.step.shown()[0], 0])
+    assert isinstance(claim := queue.take(lambda: None), Claim)
+    assert claim.unit == 1
+    run.published = {0, 2}
+    assert queue.take(lambda: None) is Outlook.BUSY
+    assert claim.is_held()
+    queue.step.others = [0, 0]
+    queue.take(lambda: None)
+    run.published = {0, 1, 2}
+    assert queue.take(lambda: None) is Outlook.DONE
+    assert not claim.is_held()
