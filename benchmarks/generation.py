@@ -7,13 +7,16 @@ The engine is a stub: it takes a fixed time for up to so many requests together,
 
 - rows: durable rows per second, against datatrove's inference runner with checkpoints on (see
   datatrove_peer.py; `--peer-python` names a Python that has it). Both have equally many requests in
-  flight, of the same latency, on the same file system, and take turns. A row of ours is two calls
-  and a verdict; a document of the peer is one call ("1 call"), or two, one after the other. Told
-  for the disk as it is, and with each fsync of either side 3 ms later, as on a shared file system.
+  flight, of the same latency, on the same file system, and take turns. A unit of ours has twice as
+  many chains as there are slots, and the peer more documents than are in flight. A row of ours is
+  two calls and a verdict, three durable results; a document of the peer is one call ("1 call"), or
+  two or three, one after the other. Told for the disk as it is, and with each fsync of either side
+  3 ms later, as on a shared file system.
 - overhead: time that isn't the engine's, with 64 slots, 128 runnable chains and steps of 50 ms,
-  where each fsync takes 0 or 10 ms (replaced by a pause, so that the disk doesn't matter). Told
-  beyond what the engine's steps took (on a busy machine a pause is longer than asked for), beyond
-  the ideal, and with the unit's publishing, during which this one unit has nothing else to do.
+  where each fsync takes 0 or 10 ms (replaced by a pause, so that the disk doesn't matter). For
+  four units of 10 s, and for a single one of 5 s. Told while a unit runs, and for the whole stage:
+  its start, what is between two units, the last one's publishing and the manifest. Beyond what the
+  engine's steps took (on a busy machine a pause is longer than asked for), and beyond the ideal.
 - ranks: the same run by 1, 2 and 4 MPI ranks. The clock runs from the first look for work, after
   MPI has joined the processes, to the manifest: starting processes is left out.
 
@@ -345,7 +348,7 @@ def has_peer(python: str) -> bool:
 
 def measure_rows(folder: Path, repeats: int, python: str, documents: int) -> Result:
     """Durable rows per second, ours and the peer's in turn."""
-    load = Load(units=8, unit_size=256, num_steps=4, slots=256, step_s=0.01)
+    load = Load(units=4, unit_size=512, num_steps=4, slots=256, step_s=0.01)
     with_peer = has_peer(python)
     if not with_peer:
         print(f"{SIDE} is NOT COMPARED: {python} lacks it or what it needs (datatrove_peer.py)")
@@ -362,7 +365,7 @@ def measure_rows(folder: Path, repeats: int, python: str, documents: int) -> Res
             for _ in range(repeats):
                 ours = timed_run(load, folder, more=more)
                 rates.setdefault("teams_hpc", []).append(load.num_rows / ours["seconds"])
-                for calls in (1, 2) if with_peer else ():
+                for calls in (1, 2, 3) if with_peer else ():
                     peer = run_peer(python, folder, load, documents, calls, more)
                     name = f"{SIDE}, {calls} call{'s' if calls > 1 else ''}"
                     rates.setdefault(name, []).append(peer["documents"] / peer["seconds"])
@@ -400,11 +403,17 @@ def compared(disk: str, rates: Mapping[str, Sequence[float]]) -> Result:
 
 
 def measure_overhead(folder: Path, repeats: int) -> Result:
-    """Time beyond what the slots allow, as a share of it."""
+    """Time that isn't the engine's, as a share of what is."""
     loads = {
-        f"fsync {ms} ms": Load(
-            units=1, unit_size=128, num_steps=25, slots=64, step_s=0.05, fsync_s=ms / 1000
+        f"{units} x {steps // 5} s, fsync {ms} ms": Load(
+            units=units,
+            unit_size=128,
+            num_steps=steps,
+            slots=64,
+            step_s=0.05,
+            fsync_s=ms / 1000,
         )
+        for units, steps in ((4, 50), (1, 25))
         for ms in (0, 10)
     }
     found: dict[str, list[Result]] = {name: [] for name in loads}
@@ -416,20 +425,24 @@ def measure_overhead(folder: Path, repeats: int) -> Result:
         ideal = load.ideal_s
         lines[name] = {
             "ideal_s": ideal,
-            "not_in_engine": summary([one["in_units"] / one["engine"] - 1 for one in found[name]]),
-            "in_units": summary([one["in_units"] / ideal - 1 for one in found[name]]),
-            "whole_stage": summary([one["seconds"] / ideal - 1 for one in found[name]]),
+            **{
+                f"{part}_beyond_engine": summary(
+                    [one[key] / one["engine"] - 1 for one in found[name]]
+                )
+                for part, key in (("stage", "seconds"), ("units", "in_units"))
+            },
+            "stage_beyond_ideal": summary([one["seconds"] / ideal - 1 for one in found[name]]),
             "cpu_s": summary([one["cpu"] for one in found[name]], 2),
         }
     first = next(iter(loads.values()))
     print(
         f"\ntime beyond the engine's in %, {first.slots} slots, {first.unit_size} chains, "
-        f"{1000 * first.step_s:.0f} ms a step; {first.ideal_s:.1f} s at best"
+        f"{1000 * first.step_s:.0f} ms a step"
     )
     for name, line in lines.items():
-        print(f"  {name:<12} beyond the engine's own {spread(line['not_in_engine'], 100)}")
-        print(f"  {'':<12} beyond the ideal        {spread(line['in_units'], 100)}")
-        print(f"  {'':<12} with publishing         {spread(line['whole_stage'], 100)}")
+        print(f"  {name:<22} whole stage          {spread(line['stage_beyond_engine'], 100)}")
+        print(f"  {'':<22} while units run      {spread(line['units_beyond_engine'], 100)}")
+        print(f"  {'':<22} stage, beyond ideal  {spread(line['stage_beyond_ideal'], 100)}")
     return {
         "load": {name: vars(load) for name, load in loads.items()},
         "overhead": lines,

@@ -94,6 +94,7 @@ class Chain:
     _counted: dict[str, Counter[str]] = field(default_factory=dict)
     _parent_id: str = ""
     _history: History = field(default_factory=History.start)
+    _blank: Row = field(default_factory=dict)
     _row: Row = field(default_factory=dict)
     _rewrite: str = ""
     _is_last_answer: bool = False
@@ -102,6 +103,7 @@ class Chain:
     def __post_init__(self) -> None:
         self._instruction = self.key.seed.instruction
         self._input = self.key.seed.input
+        self._blank = self._blank_row()
         self._begin_step()
 
     @property
@@ -214,6 +216,34 @@ class Chain:
             "detail": "",
         }
 
+    def _blank_row(self) -> Row:
+        """What all rows of the chain begin as."""
+        return {
+            "record_id": "",
+            "seed_id": self.key.seed.id,
+            "split": SPLITS.index(self.key.split),
+            "trajectory": self.key.trajectory,
+            "step": 0,
+            "parent_id": "",
+            "operation": 0,
+            "instruction": "",
+            "input": "",
+            "response": "",
+            "verdict_score": math.nan,
+            "status": Status.FAILED,
+            "reason": REASONS.index(Reason.NONE),
+            "rewrite_finish": Finish.NONE,
+            "answer_finish": Finish.NONE,
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+            "model": self.steering.expert,
+            "prompt_hash": "",
+            "sampler_seed": 0,
+            "policy_member": self.steering.member,
+            "added_words": 0,
+            "detail": "",
+        }
+
     def _begin_step(self) -> None:
         steering, step = self.steering, self._history.step
         seed = self.key.seed
@@ -227,29 +257,11 @@ class Chain:
             steering.settings.action,
         )
         self._row = {
+            **self._blank,
             "record_id": record,
-            "seed_id": seed.id,
-            "split": SPLITS.index(self.key.split),
-            "trajectory": self.key.trajectory,
             "step": step,
             "parent_id": self._parent_id,
             "operation": operation,
-            "instruction": "",
-            "input": "",
-            "response": "",
-            "verdict_score": math.nan,
-            "status": Status.FAILED,
-            "reason": REASONS.index(Reason.NONE),
-            "rewrite_finish": Finish.NONE,
-            "answer_finish": Finish.NONE,
-            "prompt_tokens": 0,
-            "completion_tokens": 0,
-            "model": steering.expert,
-            "prompt_hash": "",
-            "sampler_seed": 0,
-            "policy_member": steering.member,
-            "added_words": 0,
-            "detail": "",
         }
         self.wants = "rewrite"
 

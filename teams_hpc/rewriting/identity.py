@@ -14,8 +14,7 @@ _TWO_53 = float(1 << 53)
 
 def length_prefixed(parts: Iterable[str | int]) -> bytes:
     """The parts as bytes that no other parts give, each after its length."""
-    encoded = [str(part).encode("utf-8", "surrogatepass") for part in parts]
-    return joined(encoded)
+    return joined([str(part).encode("utf-8", "surrogatepass") for part in parts])
 
 
 def _digest(parts: tuple[str | int, ...], size: int) -> bytes:

@@ -40,14 +40,17 @@ class History:
 
     def after(self, operation: int, *, is_kept: bool = True) -> "History":
         """The history one step later; `is_kept`: the rewrite is the next step's parent."""
-        one_more = tuple(n + (code == operation) for code, n in enumerate(self.counts))
-        since = tuple(n + (code == operation) for code, n in enumerate(self.since_breadth))
+        is_new_text = operation == _BREADTH and is_kept
         return History(
             step=self.step + 1,
             last=operation,
-            counts=one_more,
-            since_breadth=(0,) * _NUM if operation == _BREADTH and is_kept else since,
+            counts=_one_more(self.counts, operation),
+            since_breadth=(0,) * _NUM if is_new_text else _one_more(self.since_breadth, operation),
         )
+
+
+def _one_more(counts: tuple[int, ...], operation: int) -> tuple[int, ...]:
+    return (*counts[:operation], counts[operation] + 1, *counts[operation + 1 :])
 
 
 _STEP_PHRASES = ("step by step", "step-by-step", "numbered step", "show your", "show all",

@@ -1,13 +1,14 @@
 """Pieces of bytes as one, so that no other pieces give the same."""
 
 import struct
-from collections.abc import Collection
-from itertools import chain
+from collections.abc import Iterable
 
-_LENGTH = struct.Struct("<Q")
+_length = struct.Struct("<Q").pack
 
 
-def joined(pieces: Collection[bytes]) -> bytes:
+def joined(pieces: Iterable[bytes]) -> bytes:
     """The pieces one after the other, each after its length (8 bytes, little-endian)."""
-    lengths = map(_LENGTH.pack, map(len, pieces))
-    return b"".join(chain.from_iterable(zip(lengths, pieces, strict=True)))
+    parts: list[bytes] = []
+    for piece in pieces:
+        parts += (_length(len(piece)), piece)
+    return b"".join(parts)
