@@ -67,6 +67,10 @@ class TransformersEngineConfig(EngineBase):
     batching: Literal["fixed", "refill"] = Field(
         "refill", description="fixed: batches depend on the work unit alone (exact in float32)"
     )
+    prompt_lookup_num_tokens: Annotated[int, Field(ge=0)] = Field(
+        8,
+        description="tokens to guess ahead in a step where a reply repeats its prompt; 0: none",
+    )
     threads: Count | None = Field(None, description="torch CPU threads a process; null: torch's")
 
 

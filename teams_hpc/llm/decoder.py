@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from teams_hpc.llm.prefixes import (
     split_by_length,
 )
 from teams_hpc.llm.sampling import next_tokens
-from teams_hpc.llm.slots import SlotCache
+from teams_hpc.llm.slots import Part, SlotCache
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,6 +36,36 @@ class Row:
     seed: int
     limit: int
     tokens: list[int] = field(default_factory=list)
+    _text: list[int] = field(default_factory=list)
+    _after: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for token in self.prompt:
+            self._append(token)
+
+    def __len__(self) -> int:
+        """Tokens of the prompt and those drawn."""
+        return len(self._text)
+
+    @property
+    def last(self) -> int:
+        return self._text[-1]
+
+    def take(self, token: int) -> None:
+        """Add a token that was drawn."""
+        self.tokens.append(token)
+        self._append(token)
+
+    def draft(self, most: int) -> list[int]:
+        """What may come next: what came when the last two tokens were last met."""
+        most = min(most, self.limit - len(self.tokens) - 1)
+        start = self._after.get((self._text[-2], self._text[-1])) if len(self) > 1 else None
+        return [] if start is None else self._text[start : start + most]
+
+    def _append(self, token: int) -> None:
+        if len(self) > 1:
+            self._after[self._text[-2], self._text[-1]] = len(self)
+        self._text.append(token)
 
 
 class Decoder:
@@ -46,7 +77,7 @@ class Decoder:
     Args:
         model: A causal language model of transformers.
         stop_ids: Tokens that end a row.
-        pad_id: Any token with an embedding.
+        num_draft_tokens: Most tokens to guess in a step.
         temperature: See `next_tokens`.
         top_p: See `next_tokens`.
     """
@@ -56,14 +87,14 @@ class Decoder:
         model: Any,
         *,
         stop_ids: frozenset[int],
-        pad_id: int,
+        num_draft_tokens: int,
         temperature: float,
         top_p: float,
     ) -> None:
         self._model = model
         self._device: torch.device = model.device
         self._stop_ids = stop_ids
-        self._pad_id = pad_id
+        self._num_draft_tokens = num_draft_tokens
         self._temperature = temperature
         self._top_p = top_p
         self._pass_cost = PASS_COST[self._device.type]
@@ -87,7 +118,7 @@ class Decoder:
         ]
         self._write(
             [
-                (slots[leader], start, prompts[leader][start:end])
+                Part(slots[leader], start, prompts[leader][start:end])
                 for leader, (start, end) in zip(leaders, shared, strict=True)
             ]
         )
@@ -96,7 +127,7 @@ class Decoder:
             for number in group.members:
                 if number != group.members[0]:
                     self._slots.copy(slots[group.members[0]], slots[number], end)
-                rest.append((slots[number], end, prompts[number][end:]))
+                rest.append(Part(slots[number], end, prompts[number][end:]))
         self._write(rest)
         self._rows += rows
 
@@ -115,47 +146,56 @@ class Decoder:
         self._slots.copy(alike.index(longest), slot, start)
         return start, end
 
-    def _write(self, parts: Sequence[tuple[int, int, list[int]]]) -> None:
-        """Compute keys and values of some tokens in each (slot, start, tokens)."""
-        parts = [part for part in parts if part[2]]
-        for chosen in split_by_length([len(part[2]) for part in parts], self._pass_cost):
-            some = sorted(parts[number] for number in chosen)
-            width = max(len(tokens) for _, _, tokens in some)
-            self._forward(
-                [slot for slot, _, _ in some],
-                [start for _, start, _ in some],
-                [tokens + [self._pad_id] * (width - len(tokens)) for _, _, tokens in some],
-            )
+    def _write(self, parts: Sequence[Part]) -> None:
+        """Compute keys and values of some tokens in each slot."""
+        parts = [part for part in parts if part.tokens]
+        for chosen in split_by_length([len(part.tokens) for part in parts], self._pass_cost):
+            self._forward(sorted(parts[number] for number in chosen), num_logits=1)
 
-    def _forward(
-        self, slots: Sequence[int], starts: Sequence[int], ids: list[list[int]]
-    ) -> torch.Tensor:
-        """Logits of the last column."""
-        mask, positions = self._slots.begin(slots, starts, len(ids[0]), self._model.dtype)
+    def _forward(self, parts: Sequence[Part], num_logits: int = 0) -> torch.Tensor:
+        """Logits of the last `num_logits` tokens, or of all of them."""
+        tokens, positions = self._slots.begin(parts, self._model.dtype)
         output = self._model(
-            input_ids=torch.tensor(ids, device=self._device),
-            attention_mask=mask,
+            input_ids=tokens,
             position_ids=positions,
             past_key_values=self._slots,
+            slots=self._slots,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=num_logits,
         )
-        logits: torch.Tensor = output.logits[:, -1]
+        logits: torch.Tensor = output.logits[0]
         return logits
 
     def advance(self) -> list[Row]:
-        """Draw a token for each row; returns the rows that are done, whose slots are free."""
-        last = [(row.tokens or row.prompt)[-1:] for row in self._rows]
-        starts = [len(row.prompt) - 1 + len(row.tokens) for row in self._rows]
-        chosen = next_tokens(
-            self._forward(range(len(last)), starts, last).float(),
-            [(row.seed, len(row.tokens)) for row in self._rows],
-            temperature=self._temperature,
-            top_p=self._top_p,
+        """Draw tokens for each row; returns the rows that are done, whose slots are free."""
+        drafts = [row.draft(self._num_draft_tokens) for row in self._rows]
+        parts = [
+            Part(slot, len(row) - 1, [row.last, *draft])
+            for slot, (row, draft) in enumerate(zip(self._rows, drafts, strict=True))
+        ]
+        keys = [
+            (row.seed, len(row.tokens) + place)
+            for row, part in zip(self._rows, parts, strict=True)
+            for place in range(len(part.tokens))
+        ]
+        chosen = iter(
+            next_tokens(
+                self._forward(parts).float(),
+                keys,
+                temperature=self._temperature,
+                top_p=self._top_p,
+            ).tolist()
         )
-        for row, token in zip(self._rows, chosen.tolist(), strict=True):
-            row.tokens.append(token)
+        for row, draft in zip(self._rows, drafts, strict=True):
+            self._accept(row, draft, list(islice(chosen, len(draft) + 1)))
         return self._take_finished()
+
+    def _accept(self, row: Row, draft: Sequence[int], drawn: Sequence[int]) -> None:
+        """Take what was drawn as long as what stood before it was drawn too."""
+        for number, token in enumerate(drawn):
+            row.take(token)
+            if token in self._stop_ids or number == len(draft) or token != draft[number]:
+                return
 
     def _take_finished(self) -> list[Row]:
         done = []

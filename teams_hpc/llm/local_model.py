@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from teams_hpc.config.schema import TransformersEngineConfig
 from teams_hpc.errors import EngineError
+from teams_hpc.llm.slots import ATTENTION
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _OPTIONS = {"local_files_only": True, "trust_remote_code": False}
@@ -70,6 +71,7 @@ def load_model(config: TransformersEngineConfig, device: torch.device) -> tuple[
             config.model,
             dtype=_DTYPES[config.dtype],
             use_safetensors=True,
+            attn_implementation=ATTENTION,
             output_loading_info=True,
             **_OPTIONS,
         )

@@ -9,6 +9,8 @@ import torch
 
 _MIX = ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32))
 _LAST_SHIFT = 16
+_MOST_LIKELY = 64
+"""Among so many tokens a nucleus is looked for at first."""
 
 
 def _shift(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -51,19 +53,34 @@ def _noise(keys: Sequence[tuple[int, int]], size: int, device: torch.device) -> 
     return _gumbel(first, second, torch.arange(size, dtype=torch.int32, device=device))
 
 
-def _ascending(values: torch.Tensor) -> torch.Tensor:
-    if values.device.type == "cpu":  # several times as fast as torch's
-        return torch.from_numpy(np.sort(values.numpy(), axis=-1))
-    return values.sort(dim=-1).values
+def _largest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest of each row, descending, and where they are."""
+    if values.device.type != "cpu" or count == values.shape[-1]:
+        return values.topk(count)
+    # Twice as fast as torch's.
+    found = torch.from_numpy(np.argpartition(values.numpy(), -count, axis=-1)[:, -count:])
+    ordered, places = values.gather(-1, found).sort(dim=-1, descending=True)
+    return ordered, found.gather(-1, places)
 
 
-def _nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Rule out tokens whose likelier ones alone reach `top_p`; ties stay together."""
-    ordered = _ascending(scaled)
-    likelier = 1.0 - ordered.softmax(-1).cumsum(-1)
-    is_out = likelier >= top_p
-    is_out[:, -1] = False
-    return scaled >= ordered.masked_fill(is_out, float("inf")).amin(-1, keepdim=True)
+def _draw(
+    scaled: torch.Tensor, words: torch.Tensor, top_p: float, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token of each row's nucleus: tokens until the likelier ones reach `top_p`, with ties.
+
+    Returns:
+        Tokens, (batch,), and where the nucleus isn't known to end among the `count` likeliest.
+    """
+    values, tokens = _largest(scaled, count)
+    likelihoods = (values - scaled.logsumexp(-1, keepdim=True)).exp_()
+    is_in = likelihoods.cumsum(-1) - likelihoods < top_p
+    is_in[:, 0] = True
+    lowest = values.masked_fill(~is_in, float("inf")).amin(-1, keepdim=True)
+    is_out = values < lowest
+    first, second = words[:, :, None]
+    noise = _gumbel(first, second, tokens.int())
+    best = (values + noise).masked_fill_(is_out, float("-inf")).argmax(-1, keepdim=True)
+    return tokens.gather(-1, best)[:, 0], ~is_out[:, -1]
 
 
 def next_tokens(
@@ -89,9 +106,12 @@ def next_tokens(
     scaled = logits / temperature
     if top_p == 1.0:
         return (scaled + _noise(keys, logits.shape[-1], logits.device)).argmax(-1)
-    # Few tokens are in the nucleus, and only those need noise.
-    rows, tokens = _nucleus(scaled, top_p).nonzero(as_tuple=True)
-    first, second = _words(keys, logits.device)[:, rows]
-    noisy = torch.full_like(scaled, float("-inf"))
-    noisy[rows, tokens] = scaled[rows, tokens] + _gumbel(first, second, tokens.int())
-    return noisy.argmax(-1)
+    words = _words(keys, logits.device)
+    # Few tokens are in most nuclei, and only those need to be in order and to have noise.
+    count = min(_MOST_LIKELY, logits.shape[-1])
+    chosen, is_open = _draw(scaled, words, top_p, count)
+    while count < logits.shape[-1] and is_open.any():
+        count = min(count * _MOST_LIKELY, logits.shape[-1])
+        rows = is_open.nonzero()[:, 0]
+        chosen[rows], is_open[rows] = _draw(scaled[rows], words[:, rows], top_p, count)
+    return chosen

@@ -6,18 +6,31 @@ to another at once, and what two prompts begin with is computed once and copied.
 
 Both caches stand in for a transformers cache; models are given mask and positions and ask the
 cache for nothing else.
+
+A pass over slots is packed: all tokens are one row for the model, whose matrix products so have no
+padding, and only attention unfolds them. It is an attention implementation of its own, `ATTENTION`,
+that a model must be loaded with; without slots it is PyTorch's.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+ATTENTION = "slots"
 
 _ROUND = 64
 """Rows hold a multiple of this many positions, so that growing is rare."""
 
 _ALIGN = 8
 """A pass looks at a multiple of this many positions; GPU kernels want masks aligned."""
+
+_GROUP = {"cpu": 16, "cuda": 1 << 30}
+"""By device, slots whose attention is computed together: as wide as the longest of them."""
 
 
 def attention_mask(is_seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -26,8 +39,42 @@ def attention_mask(is_seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.masked_fill_(~is_seen, torch.finfo(dtype).min)
 
 
+class Part(NamedTuple):
+    """What a pass adds to one slot.
+
+    Attributes:
+        slot: The slot.
+        start: Positions that are filled in it.
+        tokens: At least one.
+    """
+
+    slot: int
+    start: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Slots whose attention is computed together.
+
+    Attributes:
+        slots: In the cache.
+        width: Positions looked at.
+        unfold: Of each slot the places of its tokens in the pass, (slots, most tokens); one with
+            fewer tokens repeats its last.
+        fold: Where the tokens, in order, are among those, flattened.
+        mask: (slots, 1, most tokens, width).
+    """
+
+    slots: slice | torch.Tensor
+    width: int
+    unfold: torch.Tensor
+    fold: torch.Tensor
+    mask: torch.Tensor
+
+
 class SlotCache:
-    """Keys and values of many sequences; a pass is about consecutive slots."""
+    """Keys and values of many sequences; a pass is about some of them."""
 
     is_compileable = False
 
@@ -36,43 +83,94 @@ class SlotCache:
         # Of each layer keys and values: (slot, head, position, size).
         self._layers: list[list[torch.Tensor]] = []
         self._num_slots = self._capacity = 0
-        self._width = 0
-        self._rows = self._at = torch.empty(0)
-        self._chosen: slice | torch.Tensor = slice(0)
+        self._slots = self._positions = torch.empty(0)
+        self._groups: list[_Group] = []
 
-    def begin(
-        self, slots: Sequence[int], starts: Sequence[int], num_tokens: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make ready for a pass that adds `num_tokens` to each of `slots`.
-
-        A slot's padding goes to the right of its tokens: nothing before it sees it, and what comes
-        later is written over it.
+    def begin(self, parts: Sequence[Part], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make ready for a pass that adds the tokens of `parts`, one part after the other.
 
         Args:
-            slots: Ascending; only where they are all there are between the first and the last does
-                a pass not have to copy what they hold.
-            starts: Positions that are filled in each slot.
-            num_tokens: Tokens of each row, padding included.
-            dtype: Of the mask.
+            parts: By ascending slot; only where they are all there are between the first and the
+                last does a pass not have to copy what they hold.
+            dtype: Of the model.
 
         Returns:
-            The attention mask, (slots, 1, num_tokens, width), and positions, (slots, num_tokens).
+            Tokens and their positions, (1, tokens).
         """
-        longest = max(starts) + num_tokens
-        self._reserve(slots[-1] + 1, longest)
-        self._width = min(-(-longest // _ALIGN) * _ALIGN, self._capacity)
-        self._rows = torch.tensor(slots, device=self._device)
-        is_dense = slots[-1] - slots[0] == len(slots) - 1
-        self._chosen = slice(slots[0], slots[-1] + 1) if is_dense else self._rows
-        self._at = torch.tensor(starts, device=self._device)[:, None]
-        self._at = self._at + torch.arange(num_tokens, device=self._device)
-        is_seen = torch.arange(self._width, device=self._device) <= self._at[:, :, None]
-        return attention_mask(is_seen[:, None], dtype), self._at
+        self._reserve(parts[-1].slot + 1, max(part.start + len(part.tokens) for part in parts))
+        size = _GROUP[self._device.type]
+        self._groups, first = [], 0
+        for number in range(0, len(parts), size):
+            some = parts[number : number + size]
+            self._groups.append(self._group(some, first, dtype))
+            first += sum(len(part.tokens) for part in some)
+        packed = [
+            (token, part.slot, part.start + place)
+            for part in parts
+            for place, token in enumerate(part.tokens)
+        ]
+        tokens, self._slots, self._positions = self._tensor(np.array(packed).T)
+        return tokens[None], self._positions[None]
+
+    def _group(self, parts: Sequence[Part], first: int, dtype: torch.dtype) -> _Group:
+        """Of parts whose tokens come in the pass from `first` on."""
+        lengths = np.array([len(part.tokens) for part in parts])
+        starts = np.array([part.start for part in parts])
+        ends = lengths.cumsum()
+        order = np.arange(lengths.max())
+        is_real = order < lengths[:, None]
+        places = np.minimum(order, lengths[:, None] - 1)
+        longest = int((starts + lengths).max())
+        width = min(-(-longest // _ALIGN) * _ALIGN, self._capacity)
+        is_seen = np.arange(width) <= (starts[:, None] + places)[:, :, None]
+        low, high = parts[0].slot, parts[-1].slot
+        is_dense = high - low == len(parts) - 1
+        return _Group(
+            slots=slice(low, high + 1) if is_dense else self._tensor([part.slot for part in parts]),
+            width=width,
+            unfold=self._tensor(first + (ends - lengths)[:, None] + places),
+            fold=self._tensor(np.flatnonzero(is_real)),
+            mask=attention_mask(self._tensor(is_seen[:, None]), dtype),
+        )
+
+    def attend(
+        self,
+        attention: Callable[..., torch.Tensor],
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of the pass's tokens, each to its own slot.
+
+        Args:
+            attention: Of query, keys, values, all (slots, heads, tokens, size), and mask, giving
+                (slots, tokens, heads, size).
+            query: (1, heads, tokens, size).
+            keys: A layer's, as `update` gave them.
+            values: Likewise.
+
+        Returns:
+            (1, tokens, heads, size).
+        """
+        packed = query[0].transpose(0, 1)
+        found = [
+            attention(
+                packed[group.unfold].transpose(1, 2),
+                keys[:, :, : group.width][group.slots],
+                values[:, :, : group.width][group.slots],
+                group.mask,
+            ).flatten(0, 1)[group.fold]
+            for group in self._groups
+        ]
+        return torch.cat(found)[None]
+
+    def _tensor(self, values: Any) -> torch.Tensor:
+        return torch.as_tensor(values, device=self._device)
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, ...]:
-        """Called by the model's layers: write the pass's tokens, give back all of its slots."""
+        """Called by the model's layers: write the pass's tokens, give back all there is."""
         if layer_idx == len(self._layers):
             self._layers.append(
                 [
@@ -80,11 +178,9 @@ class SlotCache:
                     for one in (keys, values)
                 ]
             )
-        found = []
         for held, new in zip(self._layers[layer_idx], (keys, values), strict=True):
-            held[self._rows[:, None], :, self._at] = new.transpose(1, 2)
-            found.append(held[:, :, : self._width][self._chosen])
-        return tuple(found)
+            held[self._slots, :, self._positions] = new[0].transpose(0, 1)
+        return tuple(self._layers[layer_idx])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Called by models that work out positions themselves; ours are given."""
@@ -153,3 +249,26 @@ class PrefixCache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Called by models that work out positions themselves; ours are given."""
         return 0
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    slots: SlotCache | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Called by the model's layers; `slots` is what the model was called with."""
+
+    def attention(*tensors: torch.Tensor | None) -> torch.Tensor:
+        found: torch.Tensor = sdpa_attention_forward(module, *tensors, **options)[0]
+        return found
+
+    if slots is None:
+        return attention(query, key, value, attention_mask), None
+    return slots.attend(attention, query, key, value), None
+
+
+AttentionInterface.register(ATTENTION, _attention)

@@ -63,7 +63,7 @@ class TransformersEngine:
         self._decoder = Decoder(
             self._model,
             stop_ids=stops,
-            pad_id=self._pad_id,
+            num_draft_tokens=config.prompt_lookup_num_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
         )

@@ -92,6 +92,24 @@ def _count_passes(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -
     return shapes
 
 
+def test_guessing_ahead_saves_passes_and_changes_no_token(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random model that is greedy goes in circles, which is foreseen."""
+    values = {"max_tokens": 100, "temperature": 0.0}
+    found, passes = [], []
+    for num_tokens in (0, 8):
+        engine = TransformersEngine(
+            settings(tiny_llama, **values, prompt_lookup_num_tokens=num_tokens)
+        )
+        shapes = _count_passes(engine, monkeypatch)
+        found.append([complete_all(engine, [one]) for one in REQUESTS[:6]])
+        passes.append(len(shapes))
+        monkeypatch.undo()
+    assert found[0] == found[1]
+    assert passes[1] < passes[0]
+
+
 def test_what_prompts_begin_with_is_computed_once(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
