@@ -4,8 +4,8 @@ Each sequence has a slot, a row of preallocated tensors, and starts there at pos
 writes its tokens in place. So nothing that is there is copied, a sequence that ends gives its row
 to another at once, and what two prompts begin with is computed once and copied.
 
-Both caches stand in for a transformers cache; models are given mask and positions and ask the
-cache for nothing else.
+Both caches stand in for a transformers cache; models are given positions and ask the cache for
+nothing else. Who sees whom is told by a mask, or by the slots themselves.
 
 A pass over slots is packed: all tokens are one row for the model, whose matrix products so have no
 padding, and only attention unfolds them. It is an attention implementation of its own, `ATTENTION`,
