@@ -7,8 +7,9 @@ datatrove lives in a virtual environment of its own:
 
     pip install 'datatrove[io]' aiofiles aiosqlite httpx orjson xxhash
 
-The server is replaced by a pause, without HTTP, which is the peer's best case. The last line
-printed is JSON. Imports and the server's start are not timed.
+With `--url` the peer calls that server, as it does in use. Without, the server is replaced by a
+pause, and there is no HTTP: the peer's best case. The last line printed is JSON. Imports and the
+server's start are not timed.
 """
 
 import argparse
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, required=True)
     parser.add_argument("--calls", type=int, default=1, help="calls of a document, one by one")
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--url", help="of a server of the OpenAI protocol; --latency is its own")
     arguments = parser.parse_args()
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
@@ -66,7 +68,8 @@ def main() -> None:
     runner = InferenceRunner(
         rollout_fn=rollout,
         config=InferenceConfig(
-            server_type="dummy",
+            server_type="endpoint" if arguments.url else "dummy",
+            endpoint_url=arguments.url,
             model_name_or_path="stub",
             max_concurrent_generations=arguments.in_flight,
         ),
@@ -75,7 +78,8 @@ def main() -> None:
         ),
         checkpoints_local_dir=str(arguments.folder / "checkpoints"),
     )
-    runner._init_server = lambda rank: PausingServer(runner.config, rank)
+    if not arguments.url:
+        runner._init_server = lambda rank: PausingServer(runner.config, rank)
     documents = [
         Document(text=f"Tell me about the number {number}.", id=str(number))
         for number in range(arguments.documents)

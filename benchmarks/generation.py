@@ -10,8 +10,11 @@ The engine is a stub: it takes a fixed time for up to so many requests together,
   flight, of the same latency, on the same file system, and take turns. A unit of ours has twice as
   many chains as there are slots, and the peer more documents than are in flight. A row of ours is
   two calls and a verdict, three durable results; a document of the peer is one call ("1 call"), or
-  two or three, one after the other. Told for the disk as it is, and with each fsync of either side
-  3 ms later, as on a shared file system.
+  two or three, one after the other. The peer in use always calls a server, so it is told over HTTP
+  (a stub of the same latency, a process of its own: stub_server.py), and, its best case, with the
+  call replaced by a pause. Ours in use has its engine in the process; "over HTTP" it calls the same
+  stub. Told for the disk as it is, and with each fsync of either side 3 ms later, as on a shared
+  file system.
 - overhead: time that isn't the engine's, with 64 slots, 128 runnable chains and steps of 50 ms,
   where each fsync takes 0 or 10 ms (replaced by a pause, so that the disk doesn't matter). For
   four units of 10 s, and for a single one of 5 s. Told while a unit runs, and for the whole stage:
@@ -33,8 +36,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,18 +51,20 @@ sys.path.insert(1, str(ROOT / "tests"))
 from mpi.launch import environment, missing_mpi, mpiexec  # noqa: E402
 
 from teams_hpc.config import Config  # noqa: E402
+from teams_hpc.config.schema import HttpEngineConfig  # noqa: E402
 from teams_hpc.generation import worker  # noqa: E402
 from teams_hpc.generation.plan import settle_plan  # noqa: E402
-from teams_hpc.llm.base import Completion, Request, Score, ScoreRequest  # noqa: E402
+from teams_hpc.llm.base import Completion, Engine, Request, Score, ScoreRequest  # noqa: E402
+from teams_hpc.llm.load import load_engine  # noqa: E402
 from teams_hpc.runtime.preemption import StopFlag  # noqa: E402
 from teams_hpc.runtime.ranks import read_ranks  # noqa: E402
 from teams_hpc.storage.atomic import read_json, write_json  # noqa: E402
 from teams_hpc.storage.run_dir import RunDir, read_manifest  # noqa: E402
 
 Result = dict[str, Any]
-SIDE = "datatrove"
+OURS, SIDE = "teams_hpc", "datatrove"
 DURABLE = {
-    "teams_hpc": (
+    OURS: (
         "each batch of results by one fdatasync before anything follows from it, with the intents "
         "of what is sent next; then rows as HDF5, fsynced and linked"
     ),
@@ -93,6 +99,7 @@ class Load:
         slots: Requests that the engine works on together.
         step_s: How long it takes for them.
         fsync_s: How long an fsync takes; None: the disk's.
+        url: Of a server that is the expert; None: an engine in the process.
     """
 
     units: int
@@ -101,6 +108,7 @@ class Load:
     slots: int
     step_s: float
     fsync_s: float | None = None
+    url: str | None = None
 
     @property
     def num_rows(self) -> int:
@@ -213,7 +221,13 @@ def run_child(root: Path, load: Load) -> None:
     run_dir, config = make_run(root, load)
     if load.fsync_s is not None:
         slow_fsync(load.fsync_s)
-    expert = StubEngine(load.slots, load.step_s)
+    stub = StubEngine(load.slots, load.step_s)
+    expert: Engine = stub
+    if load.url is not None:
+        server = f"{load.url}/v1"
+        expert = load_engine(
+            HttpEngineConfig(base_url=server, model="stub", max_concurrency=load.slots)
+        )
     worker.load_engines = lambda *_: [expert, StubEngine(load.slots, 0.0)]
     work: list[float] = []
     finish: list[float] = []
@@ -227,7 +241,7 @@ def run_child(root: Path, load: Load) -> None:
         "start": work[0],
         "end": finish[-1],
         "in_units": sum(units[1::2]) - sum(units[::2]),
-        "engine": expert.busy_s,
+        "engine": stub.busy_s,
         "cpu": time.process_time() - cpu,
     }
     write_json(root / f"times-{read_ranks().rank}.json", times)
@@ -325,6 +339,7 @@ def run_peer(
                 *(python, str(ROOT / "benchmarks" / "datatrove_peer.py"), "--folder", root),
                 *("--documents", str(documents), "--calls", str(calls)),
                 *("--in-flight", str(load.slots), "--latency", str(load.step_s)),
+                *(("--url", load.url) if load.url else ()),
             ),
             env={**os.environ, **more},
             capture_output=True,
@@ -336,6 +351,21 @@ def run_peer(
         raise RuntimeError(f"{SIDE} failed: {done.stderr[-2000:]}")
     found: Result = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+@contextmanager
+def stub_server(latency_s: float) -> Iterator[str]:
+    """The address of a server that answers every call after so long."""
+    words = (sys.executable, str(ROOT / "benchmarks" / "stub_server.py"))
+    with subprocess.Popen(
+        (*words, "--latency", str(latency_s)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        yield f"http://127.0.0.1:{int(server.stdout.readline())}"
+        server.communicate(timeout=10)  # closes its input, and it ends
 
 
 def has_peer(python: str) -> bool:
@@ -361,16 +391,20 @@ def measure_rows(folder: Path, repeats: int, python: str, documents: int) -> Res
         if late is None:
             print("a slower disk is NOT MEASURED: there is no C compiler (cc)")
         ways = {"as it is": {}} | ({f"{1000 * _LATE_S:.0f} ms later": late} if late else {})
+        calls = (1, 2, 3) if with_peer else ()
         for disk, more in ways.items():
             rates: dict[str, list[float]] = {}
             for _ in range(repeats):
-                ours = timed_run(load, folder, more=more)
-                rates.setdefault("teams_hpc", []).append(load.num_rows / ours["seconds"])
-                for calls in (1, 2, 3) if with_peer else ():
-                    peer = run_peer(python, folder, load, documents, calls, more)
-                    name = f"{SIDE}, {calls} call{'s' if calls > 1 else ''}"
-                    rates.setdefault(name, []).append(peer["documents"] / peer["seconds"])
-                    versions.add(peer["version"])
+                with stub_server(load.step_s) as url:
+                    for way, one in (("", load), (" over HTTP", replace(load, url=url))):
+                        ours = timed_run(one, folder, more=more)
+                        rate = load.num_rows / ours["seconds"]
+                        rates.setdefault(f"{OURS}{way}", []).append(rate)
+                        for number in calls:
+                            peer = run_peer(python, folder, one, documents, number, more)
+                            name = f"{SIDE}{way}, {number} call{'s' if number > 1 else ''}"
+                            rates.setdefault(name, []).append(peer["documents"] / peer["seconds"])
+                            versions.add(peer["version"])
             disks[disk] = compared(f"fsync {disk}", rates)
     for name, what in DURABLE.items():
         print(f"  {name} makes durable: {what}")
@@ -387,16 +421,16 @@ def measure_rows(folder: Path, repeats: int, python: str, documents: int) -> Res
 
 def compared(disk: str, rates: Mapping[str, Sequence[float]]) -> Result:
     """Rows per second of each, and how many times ours are the others'; printed and returned."""
-    ours = rates["teams_hpc"]
+    ours = rates[OURS]
     times = {
         name: summary([a / b for a, b in zip(ours, values, strict=True)], 2)
         for name, values in rates.items()
-        if name != "teams_hpc"
+        if name != OURS
     }
     print(f"  {disk}")
     for name, values in rates.items():
         ratio = f"   ours is {times[name]['median']:.1f} x" if name in times else ""
-        print(f"    {name:<20} {spread(summary(values))}{ratio}")
+        print(f"    {name:<28} {spread(summary(values))}{ratio}")
     return {
         "rows_per_second": {name: summary(values, 1) for name, values in rates.items()},
         "times_faster": times,

@@ -20,7 +20,7 @@ from teams_hpc.errors import UsageError
 from teams_hpc.storage.atomic import read_json, write_json
 from teams_hpc.storage.run_dir import RunDir, read_manifest, write_manifest
 
-EXAMPLES_SCHEMA = 3
+EXAMPLES_SCHEMA = 4
 """Raise it when other examples come out."""
 
 _NUM_TOKENIZER_CHAINS = 6000

@@ -20,7 +20,7 @@ from teams_hpc.rewriting.operations import (
 from teams_hpc.rewriting.reviewer import OPTIONS, Pair, verdict_messages
 
 _MOST_STEPS = 6
-_P_FRUITFUL = 0.5
+_P_FRUITFUL = 0.4
 _P_BREADTH = 0.2
 _P_KEEP_POINTLESS = 0.5
 _P_REWRITE, _P_ANSWER = 0.9, 0.12
@@ -114,15 +114,15 @@ def _choose(rng: random.Random, instruction: str) -> Operation:
 def make_pair(rng: random.Random, text: Text, after: Text, *, held_out: bool = False) -> Pair:
     """Mostly a text and its rewrite; else another pair that a reviewer may meet."""
     chance = rng.random()
-    if chance < 0.45:
+    if chance < 0.42:
         return _pair(text, after)
-    if chance < 0.58:
+    if chance < 0.54:
         return _pair(text, text)
-    if chance < 0.66:
+    if chance < 0.61:
         return _pair(after, text)
-    if chance < 0.8:
+    if chance < 0.83:
         return _pair(text, _readable_text(rng, held_out))
-    if chance < 0.94:
+    if chance < 0.95:
         changed = _change(rng, after.instruction, held_out=held_out)
         return _pair(text, Text(changed, after.input))
     return _pair(text, Text(_garbage(rng, text.instruction), text.input))

@@ -262,13 +262,44 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Called by the model's layers; `slots` is what the model was called with."""
 
-    def attention(*tensors: torch.Tensor | None) -> torch.Tensor:
-        found: torch.Tensor = sdpa_attention_forward(module, *tensors, **options)[0]
-        return found
-
     if slots is None:
-        return attention(query, key, value, attention_mask), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    def attention(*tensors: torch.Tensor) -> torch.Tensor:
+        return _shared_attention(*tensors, scale=options["scaling"])
+
     return slots.attend(attention, query, key, value), None
+
+
+def _shared_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Heads that share keys and values are more tokens of one head: so nothing is copied for them.
+
+    Args:
+        query: (slots, heads, tokens, size).
+        keys: (slots, key heads, width, size).
+        values: Likewise.
+        mask: (slots, 1, tokens, width).
+        scale: Of the scores.
+
+    Returns:
+        (slots, tokens, heads, size).
+    """
+    slots, heads, tokens, size = query.shape
+    key_heads = keys.shape[1]
+    found = torch.nn.functional.scaled_dot_product_attention(
+        query.reshape(slots, key_heads, -1, size),
+        keys,
+        values,
+        attn_mask=mask.repeat(1, 1, heads // key_heads, 1),
+        scale=scale,
+    )
+    return found.reshape(slots, heads, tokens, size).transpose(1, 2)
 
 
 AttentionInterface.register(ATTENTION, _attention)
