@@ -98,7 +98,9 @@ class Decoder:
         self._temperature = temperature
         self._top_p = top_p
         self._pass_cost = PASS_COST[self._device.type]
-        self._slots = SlotCache(self._device)
+        shape = model.config
+        num_shared = shape.num_attention_heads // shape.num_key_value_heads
+        self._slots = SlotCache(self._device, num_shared)
         self._rows: list[Row] = []
 
     def __len__(self) -> int:

@@ -12,12 +12,13 @@ padding, and only attention unfolds them. It is an attention implementation of i
 that a model must be loaded with; without slots it is PyTorch's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -63,7 +64,7 @@ class _Group:
         unfold: Of each slot the places of its tokens in the pass, (slots, most tokens); one with
             fewer tokens repeats its last.
         fold: Where the tokens, in order, are among those, flattened.
-        mask: (slots, 1, most tokens, width).
+        mask: (slots, 1, most tokens times heads that share a key head, width).
     """
 
     slots: slice | torch.Tensor
@@ -78,12 +79,19 @@ class SlotCache:
 
     is_compileable = False
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, num_shared: int) -> None:
+        """See the class.
+
+        Args:
+            device: Of the model.
+            num_shared: How many of its attention heads share a key head.
+        """
         self._device = device
-        # Of each layer keys and values: (slot, head, position, size).
+        self._num_shared = num_shared
+        # Of each layer keys and values: (slot, position, key head, size).
         self._layers: list[list[torch.Tensor]] = []
         self._num_slots = self._capacity = 0
-        self._slots = self._positions = torch.empty(0)
+        self._places = torch.empty(0)
         self._groups: list[_Group] = []
 
     def begin(self, parts: Sequence[Part], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,8 +117,9 @@ class SlotCache:
             for part in parts
             for place, token in enumerate(part.tokens)
         ]
-        tokens, self._slots, self._positions = self._tensor(np.array(packed).T)
-        return tokens[None], self._positions[None]
+        tokens, slots, positions = self._tensor(np.array(packed).T)
+        self._places = slots * self._capacity + positions
+        return tokens[None], positions[None]
 
     def _group(self, parts: Sequence[Part], first: int, dtype: torch.dtype) -> _Group:
         """Of parts whose tokens come in the pass from `first` on."""
@@ -130,38 +139,41 @@ class SlotCache:
             width=width,
             unfold=self._tensor(first + (ends - lengths)[:, None] + places),
             fold=self._tensor(np.flatnonzero(is_real)),
-            mask=attention_mask(self._tensor(is_seen[:, None]), dtype),
+            mask=attention_mask(self._tensor(is_seen[:, None]), dtype).repeat(
+                1, 1, self._num_shared, 1
+            ),
         )
 
     def attend(
-        self,
-        attention: Callable[..., torch.Tensor],
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Attention of the pass's tokens, each to its own slot.
 
+        Heads that share keys and values are more tokens of one head: nothing is copied for them.
+
         Args:
-            attention: Of query, keys, values, all (slots, heads, tokens, size), and mask, giving
-                (slots, tokens, heads, size).
             query: (1, heads, tokens, size).
             keys: A layer's, as `update` gave them.
             values: Likewise.
+            scale: Of the scores.
 
         Returns:
             (1, tokens, heads, size).
         """
         packed = query[0].transpose(0, 1)
-        found = [
-            attention(
-                packed[group.unfold].transpose(1, 2),
-                keys[:, :, : group.width][group.slots],
-                values[:, :, : group.width][group.slots],
-                group.mask,
-            ).flatten(0, 1)[group.fold]
-            for group in self._groups
-        ]
+        heads, size = packed.shape[1:]
+        found = []
+        for group in self._groups:
+            unfolded = packed[group.unfold].transpose(1, 2)
+            shape = unfolded.shape
+            attended = scaled_dot_product_attention(
+                unfolded.reshape(len(unfolded), heads // self._num_shared, -1, size),
+                keys[group.slots, : group.width].transpose(1, 2),
+                values[group.slots, : group.width].transpose(1, 2),
+                attn_mask=group.mask,
+                scale=scale,
+            )
+            found.append(attended.reshape(shape).transpose(1, 2).flatten(0, 1)[group.fold])
         return torch.cat(found)[None]
 
     def _tensor(self, values: Any) -> torch.Tensor:
@@ -174,12 +186,12 @@ class SlotCache:
         if layer_idx == len(self._layers):
             self._layers.append(
                 [
-                    one.new_zeros(self._num_slots, one.shape[1], self._capacity, one.shape[3])
+                    one.new_zeros(self._num_slots, self._capacity, one.shape[1], one.shape[3])
                     for one in (keys, values)
                 ]
             )
         for held, new in zip(self._layers[layer_idx], (keys, values), strict=True):
-            held[self._slots, :, self._positions] = new[0].transpose(0, 1)
+            held.flatten(0, 1).index_copy_(0, self._places, new[0].transpose(0, 1))
         return tuple(self._layers[layer_idx])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -190,7 +202,7 @@ class SlotCache:
         """Copy the first `length` positions of a slot, or all of it, to another."""
         for held in self._layers:
             for tensor in held:
-                tensor[target, :, :length] = tensor[source, :, :length]
+                tensor[target, :length] = tensor[source, :length]
 
     def open(self, first: int, end: int, length: int) -> None:
         """Make room for sequences in the slots from `first` to `end`, and zero them.
@@ -217,9 +229,9 @@ class SlotCache:
         self._num_slots = max(num_slots, self._num_slots)
         for held in self._layers:
             for place, old in enumerate(held):
-                slots, heads, width, size = old.shape
-                new = old.new_zeros(self._num_slots, heads, self._capacity, size)
-                new[:slots, :, :width] = old
+                slots, width, heads, size = old.shape
+                new = old.new_zeros(self._num_slots, self._capacity, heads, size)
+                new[:slots, :width] = old
                 held[place] = new
 
 
@@ -263,43 +275,11 @@ def _attention(
     """Called by the model's layers; `slots` is what the model was called with."""
 
     if slots is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-
-    def attention(*tensors: torch.Tensor) -> torch.Tensor:
-        return _shared_attention(*tensors, scale=options["scaling"])
-
-    return slots.attend(attention, query, key, value), None
-
-
-def _shared_attention(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """Heads that share keys and values are more tokens of one head: so nothing is copied for them.
-
-    Args:
-        query: (slots, heads, tokens, size).
-        keys: (slots, key heads, width, size).
-        values: Likewise.
-        mask: (slots, 1, tokens, width).
-        scale: Of the scores.
-
-    Returns:
-        (slots, tokens, heads, size).
-    """
-    slots, heads, tokens, size = query.shape
-    key_heads = keys.shape[1]
-    found = torch.nn.functional.scaled_dot_product_attention(
-        query.reshape(slots, key_heads, -1, size),
-        keys,
-        values,
-        attn_mask=mask.repeat(1, 1, heads // key_heads, 1),
-        scale=scale,
-    )
-    return found.reshape(slots, heads, tokens, size).transpose(1, 2)
+        found: torch.Tensor = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **options
+        )[0]
+        return found, None
+    return slots.attend(query, key, value, options["scaling"]), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
