@@ -98,9 +98,9 @@ class Decoder:
         self._temperature = temperature
         self._top_p = top_p
         self._pass_cost = PASS_COST[self._device.type]
-        shape = model.config
-        num_shared = shape.num_attention_heads // shape.num_key_value_heads
-        self._slots = SlotCache(self._device, num_shared)
+        num_heads = model.config.num_attention_heads
+        num_key_heads = getattr(model.config, "num_key_value_heads", None) or num_heads
+        self._slots = SlotCache(self._device, num_heads // num_key_heads)
         self._rows: list[Row] = []
 
     def __len__(self) -> int:
