@@ -83,21 +83,37 @@ def test_connections_are_kept_for_the_calls_that_follow() -> None:
     assert server.num_connections <= 3
 
 
-def test_a_step_returns_all_that_is_there() -> None:
-    together = threading.Barrier(8)
+def test_a_step_returns_all_that_is_there_and_what_ends_together_wakes_it_once() -> None:
+    reply, go_on = threading.Event(), threading.Event()
     server = ChatServer()
 
     def behave(number: int) -> str:
-        together.wait(timeout=10)
+        reply.wait(timeout=10)
         return "ok"
 
     server.behave = behave
     with chat_server(server), engine_for(server, max_concurrency=8) as engine:
         for request in requests(8):
             engine.add(request)
+        wait_until(lambda: len(server.bodies) == 8)
+        engine._loop.call_soon_threadsafe(go_on.wait, 10)
+        reply.set()
+        wait_until(lambda: len(server.answered) == 8 and server._now == 0)
+        go_on.set()
         wait_until(lambda: not (engine._calls or engine._ended or engine._done.empty()))
+        assert engine._done.qsize() == 1
         assert len(engine.step()) == 8
         assert engine.step() == []
+
+
+def test_a_step_returns_replies_that_came_one_after_the_other() -> None:
+    with chat_server(ChatServer()) as server, engine_for(server) as engine:
+        for request in requests(3):
+            num_before = engine._done.qsize()
+            engine.add(request)
+            wait_until(lambda before=num_before: engine._done.qsize() > before)
+        assert [completion.id for completion in engine.step()] == ["r0", "r1", "r2"]
+        assert engine.num_pending == 0
 
 
 def test_requests_that_come_together_wake_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
