@@ -26,8 +26,10 @@ class ChatServer:
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    proxy_keys: list[str | None] = field(default_factory=list)
     answered: list[str] = field(default_factory=list)
     peak: int = 0
+    num_connections: int = 0
     _now: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -60,12 +62,18 @@ def make_handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def setup(self) -> None:
+            super().setup()
+            with server._lock:
+                server.num_connections += 1
+
         def log_message(self, *args: object) -> None:
             """Be quiet."""
 
         def do_POST(self) -> None:
             length = int(self.headers["Content-Length"])
             body = json.loads(self.rfile.read(length))
+            server.proxy_keys.append(self.headers.get("Proxy-Authorization"))
             what = server.enter(body, self.headers.get("Authorization"))
             try:
                 self.respond(what, body)

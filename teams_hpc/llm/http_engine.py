@@ -1,20 +1,27 @@
 """Any server that speaks the OpenAI chat protocol: a hosted expert, or one on another node.
 
 Requests run in an event loop on a thread of their own, so that a caller sees an ordinary engine.
-The key is read from the environment and appears in no message.
+Both sides hand over what they have all at once: waking the other for every single request would
+cost more than the requests. The key is read from the environment and appears in no message.
 """
 
 import asyncio
 import email.utils
+import json
 import math
 import os
 import queue
+import ssl
 import threading
-from collections.abc import Coroutine, Sequence
+import urllib.request
+from collections import deque
+from collections.abc import Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import httpx
+import aiohttp
+import certifi
+from yarl import URL
 
 from teams_hpc.config.schema import HttpEngineConfig
 from teams_hpc.errors import EngineError
@@ -23,6 +30,8 @@ from teams_hpc.llm.base import Completion, Exactness, FinishReason, Request, Sco
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 60.0
 _LONGEST_ASKED_S = 600.0
+_KEPT_OPEN_S = 4.0
+"""An idle connection; many servers close theirs after 5 s, and a request on it then is lost."""
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -47,15 +56,20 @@ class HttpEngine:
 
     def __init__(self, config: HttpEngineConfig) -> None:
         self._config = config
-        self._server = _server_name(config.base_url)
+        self._url = _chat_url(config.base_url)
+        self._server = self._url.raw_authority
+        self._proxy = _proxy_for(self._url)
         self._key = _read_key(config.api_key_env)
         self._num_pending = 0
+        self._added: deque[Request] = deque()
         self._calls: set[asyncio.Task[Completion]] = set()
-        self._done: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
+        self._ended: list[Completion | BaseException] = []
+        self._done: queue.SimpleQueue[list[Completion | BaseException]] = queue.SimpleQueue()
+        self._failures: deque[BaseException] = deque()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._client: httpx.AsyncClient = self._wait(self._open())
+        self._session: aiohttp.ClientSession = self._wait(self._open())
         self._slots = asyncio.Semaphore(config.max_concurrency)
 
     @property
@@ -76,26 +90,30 @@ class HttpEngine:
 
     def add(self, request: Request) -> None:
         self._num_pending += 1
-        self._loop.call_soon_threadsafe(self._start, request)
+        self._added.append(request)
+        if len(self._added) == 1:  # else the loop has been told, and takes this one along
+            self._loop.call_soon_threadsafe(self._start)
 
     def step(self) -> list[Completion]:
-        """Wait for one reply and take along those that are there.
+        """Wait for a reply and take along all that are there.
 
         Raises:
             EngineError: The server refuses us altogether: wrong key, wrong address, wrong model.
         """
         done: list[Completion] = []
-        while self._num_pending and (not done or not self._done.empty()):
-            reply = self._done.get()
-            if isinstance(reply, BaseException):
-                if not done:
-                    self._num_pending -= 1
-                    raise reply
-                # What was paid for is handed out first; the next step raises.
-                self._done.put(reply)
-                break
+        is_waiting = self._num_pending > 0 and not self._failures
+        while is_waiting or not self._done.empty():
+            for reply in self._done.get():
+                if isinstance(reply, BaseException):
+                    self._failures.append(reply)
+                else:
+                    done.append(reply)
+            is_waiting = False
+        # What was paid for is handed out first; the next step raises.
+        if not done and self._failures:
             self._num_pending -= 1
-            done.append(reply)
+            raise self._failures.popleft()
+        self._num_pending -= len(done)
         return done
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
@@ -114,33 +132,46 @@ class HttpEngine:
     def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    async def _open(self) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=self._config.max_concurrency)
-        headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
-        return httpx.AsyncClient(headers=headers, timeout=self._config.timeout_s, limits=limits)
+    async def _open(self) -> aiohttp.ClientSession:
+        config = self._config
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=config.max_concurrency, keepalive_timeout=_KEPT_OPEN_S, ssl=_authorities()
+            ),
+            headers={} if self._key is None else {"Authorization": f"Bearer {self._key}"},
+            # For the whole call: a server that drips would never be over.
+            timeout=aiohttp.ClientTimeout(total=config.timeout_s),
+        )
 
     async def _shut(self) -> None:
-        # Our calls alone: the tasks that httpx starts inside them end with them.
         calls = tuple(self._calls)
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
-        await self._client.aclose()
+        await self._session.close()
 
     async def _answer(self, request: Request) -> Completion:
         async with self._slots:
             return await self._with_retries(request)
 
-    def _start(self, request: Request) -> None:
-        call = self._loop.create_task(self._answer(request))
-        self._calls.add(call)
-        call.add_done_callback(self._keep)
+    def _start(self) -> None:
+        while self._added:
+            call = self._loop.create_task(self._answer(self._added.popleft()))
+            self._calls.add(call)
+            call.add_done_callback(self._keep)
 
     def _keep(self, call: "asyncio.Task[Completion]") -> None:
         self._calls.discard(call)
+        if call.cancelled():
+            return
+        if not self._ended:  # together with those that end in this turn of the loop
+            self._loop.call_soon(self._hand_over)
         # Whatever went wrong must reach `step`, or it would wait for ever.
-        if not call.cancelled():
-            self._done.put(call.exception() or call.result())
+        self._ended.append(call.exception() or call.result())
+
+    def _hand_over(self) -> None:
+        self._done.put(self._ended)
+        self._ended = []
 
     async def _with_retries(self, request: Request) -> Completion:
         for attempt in range(self._config.max_retries + 1):
@@ -169,26 +200,29 @@ class HttpEngine:
             "top_p": config.top_p,
             "seed": request.seed % 2**31,
         }
-        url = f"{config.base_url.rstrip('/')}/chat/completions"
         try:
-            # httpx limits each read; a server that drips would never be over.
-            async with asyncio.timeout(config.timeout_s):
-                reply = await self._client.post(url, json=body)
+            async with self._session.post(
+                self._url, json=body, proxy=self._proxy, allow_redirects=False
+            ) as reply:
+                content = await reply.read()
         except TimeoutError:
             raise _Retry(f"no reply from {self._server} in {config.timeout_s:g} s") from None
-        except httpx.HTTPError as error:
+        except aiohttp.ClientError as error:
             what = str(error) or type(error).__name__
             raise _Retry(f"no reply from {self._server}: {what}") from None
-        status = reply.status_code
+        return self._read(request, reply.status, reply.headers, content)
+
+    def _read(
+        self, request: Request, status: int, headers: Mapping[str, str], content: bytes
+    ) -> Completion:
+        """What came back; raises as `_attempt`."""
         if status in (408, 429) or status >= 500:
-            raise _Retry(
-                f"{self._server} answered {status}", _seconds(reply.headers.get("Retry-After"))
-            )
-        if status in (401, 403, 404) or reply.is_redirect:
+            raise _Retry(f"{self._server} answered {status}", _seconds(headers.get("Retry-After")))
+        if status in (401, 403, 404) or 300 <= status < 400:
             raise EngineError(self._refusal(status))
         if status >= 400:
-            return _failed(request, f"{self._server} answered {status}: {self._words(reply)}")
-        return _parse(request, reply)
+            return _failed(request, f"{self._server} answered {status}: {self._words(content)}")
+        return _parse(request, content)
 
     def _refusal(self, status: int) -> str:
         config = self._config
@@ -200,21 +234,36 @@ class HttpEngine:
             "check base_url (it usually ends in /v1) and model"
         )
 
-    def _words(self, reply: httpx.Response) -> str:
+    def _words(self, content: bytes) -> str:
         """What the server says, in short; it may have quoted the key."""
-        text = " ".join(reply.text.split())
+        text = " ".join(content.decode(errors="replace").split())
         return (text if self._key is None else text.replace(self._key, "[key]"))[:200]
 
 
-def _server_name(base_url: str) -> str:
-    """Host and port, for messages."""
+def _chat_url(base_url: str) -> URL:
     try:
-        url = httpx.URL(base_url)
-    except httpx.InvalidURL as error:
+        url = URL(f"{base_url.rstrip('/')}/chat/completions")
+    except ValueError as error:
         raise EngineError(f"base_url {base_url} is no address: {error}") from None
-    if not url.host or (url.port or 0) > 65535:
+    if not url.host:
         raise EngineError(f"base_url {base_url} is no address; for instance http://node7:8000/v1")
-    return url.netloc.decode()
+    return url
+
+
+def _proxy_for(url: URL) -> str | None:
+    """From the environment (http_proxy, no_proxy and the like), which is looked at once."""
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(url.raw_authority):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _authorities() -> ssl.SSLContext:
+    """The machine's, as a site may have some of its own, and the usual ones: images have none."""
+    context = ssl.create_default_context()
+    context.load_verify_locations(certifi.where())
+    return context
 
 
 def _read_key(variable: str | None) -> str | None:
@@ -224,7 +273,7 @@ def _read_key(variable: str | None) -> str | None:
     if not key:
         raise EngineError(f"the environment variable {variable} is not set; export the key")
     if not (key.isascii() and key.isprintable()):
-        # Checked here, since httpx quotes a header that it refuses.
+        # Checked here, since a client quotes a header that it refuses.
         raise EngineError(
             f"the environment variable {variable} holds characters that no key has (a line break, "
             "or letters beyond ASCII); export the key alone"
@@ -265,9 +314,9 @@ def _failed(request: Request, why: str) -> Completion:
     )
 
 
-def _parse(request: Request, reply: httpx.Response) -> Completion:
+def _parse(request: Request, content: bytes) -> Completion:
     try:
-        value = reply.json()
+        value = json.loads(content)
         choice = value["choices"][0]
         text = choice["message"]["content"]
         usage = value.get("usage") or {}

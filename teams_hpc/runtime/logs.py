@@ -16,5 +16,5 @@ def setup_logging(ranks: Ranks, task: str) -> None:
         format=f"%(asctime)s %(levelname)s {where} %(name)s: %(message)s",
         force=True,
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # of the hub: a line a request
     logging.captureWarnings(True)

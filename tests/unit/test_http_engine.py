@@ -1,14 +1,16 @@
 """The http engine against a real server that misbehaves."""
 
+import json
 import logging
+import threading
 import time
-from collections.abc import Iterator
+from base64 import b64encode
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
-import httpx
 import pytest
 from chat_server import ChatServer, chat_server
 
@@ -33,6 +35,14 @@ def requests(count: int) -> list[Request]:
         )
         for n in range(count)
     ]
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if is_so():
+            return
+        time.sleep(0.005)
+    raise TimeoutError
 
 
 @contextmanager
@@ -65,6 +75,97 @@ def test_no_more_calls_at_a_time_than_allowed() -> None:
     assert server.peak == 3
 
 
+def test_connections_are_kept_for_the_calls_that_follow() -> None:
+    server = ChatServer()
+    with chat_server(server), engine_for(server, max_concurrency=3) as engine:
+        for _ in range(4):
+            complete_all(engine, requests(10))
+    assert server.num_connections <= 3
+
+
+def test_a_step_returns_all_that_is_there_and_what_ends_together_wakes_it_once() -> None:
+    reply, go_on = threading.Event(), threading.Event()
+    server = ChatServer()
+
+    def behave(number: int) -> str:
+        reply.wait(timeout=10)
+        return "ok"
+
+    server.behave = behave
+    with chat_server(server), engine_for(server, max_concurrency=8) as engine:
+        for request in requests(8):
+            engine.add(request)
+        wait_until(lambda: len(server.bodies) == 8)
+        engine._loop.call_soon_threadsafe(go_on.wait, 10)
+        reply.set()
+        wait_until(lambda: len(server.answered) == 8 and server._now == 0)
+        go_on.set()
+        wait_until(lambda: not (engine._calls or engine._ended or engine._done.empty()))
+        assert engine._done.qsize() == 1
+        assert len(engine.step()) == 8
+        assert engine.step() == []
+
+
+def test_a_step_returns_replies_that_came_one_after_the_other() -> None:
+    with chat_server(ChatServer()) as server, engine_for(server) as engine:
+        for request in requests(3):
+            num_before = engine._done.qsize()
+            engine.add(request)
+            wait_until(lambda before=num_before: engine._done.qsize() > before)
+        assert [completion.id for completion in engine.step()] == ["r0", "r1", "r2"]
+        assert engine.num_pending == 0
+
+
+def test_requests_that_come_together_wake_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    wakes: list[object] = []
+    go_on = threading.Event()
+    with chat_server(ChatServer()) as server, engine_for(server) as engine:
+        wake = engine._loop.call_soon_threadsafe
+        wake(go_on.wait, 10)
+        monkeypatch.setattr(
+            engine._loop, "call_soon_threadsafe", lambda call: (wakes.append(call), wake(call))
+        )
+        for request in requests(30):
+            engine.add(request)
+        assert len(wakes) == 1
+        go_on.set()
+        done: list[str] = []
+        drain(engine, done)
+        monkeypatch.undo()
+    assert sorted(done) == sorted(request.id for request in requests(30))
+
+
+def test_the_proxy_of_the_environment_is_used_and_told_its_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with chat_server(ChatServer()) as server:
+        place = server.url.removeprefix("http://").removesuffix("/v1")
+        monkeypatch.setenv("http_proxy", f"me:secret@{place}")
+        far = ChatServer(url="http://far.invalid:8000/v1")
+        with engine_for(far, api_key_env="MY_KEY") as engine:
+            (done,) = complete_all(engine, requests(1))
+    assert done.text == "echo: prompt 0"
+    assert server.keys == [f"Bearer {KEY}"]
+    assert server.proxy_keys == [f"Basic {b64encode(b'me:secret').decode()}"]
+
+
+def test_a_proxy_is_not_asked_for_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with chat_server(ChatServer()) as gone:
+        pass
+    monkeypatch.setenv("http_proxy", gone.url.replace("127.0.0.1", "me:secret@127.0.0.1"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with chat_server(ChatServer()) as server, engine_for(server, max_retries=0) as engine:
+        (done,) = complete_all(engine, requests(1))
+    assert done.text == "echo: prompt 0"
+    with engine_for(ChatServer(url="http://far.invalid/v1"), max_retries=0) as engine:
+        (done,) = complete_all(engine, requests(1))
+    assert "no reply from far.invalid" in done.error
+    assert "secret" not in done.error
+
+
 def test_sampling_and_key_are_sent_and_the_key_is_told_to_nobody(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -87,8 +188,9 @@ def test_a_missing_key_is_named() -> None:
         HttpEngine(HttpEngineConfig(base_url="http://x/v1", model="m", api_key_env="NO_SUCH_KEY"))
 
 
-def test_a_wrong_model_or_address_ends_the_work() -> None:
-    server = ChatServer(behave=lambda number: "404")
+@pytest.mark.parametrize("status", ["404", "307"])
+def test_a_wrong_model_or_address_ends_the_work(status: str) -> None:
+    server = ChatServer(behave=lambda number: status)
     with (
         chat_server(server),
         engine_for(server) as engine,
@@ -227,6 +329,6 @@ def test_a_whole_reply_without_content_is_empty_and_not_asked_again() -> None:
         "choices": [{"message": {"content": None}, "finish_reason": "length"}],
         "usage": {"prompt_tokens": 5, "completion_tokens": 7},
     }
-    completion = _parse(requests(1)[0], httpx.Response(200, json=value))
+    completion = _parse(requests(1)[0], json.dumps(value).encode())
     assert (completion.text, completion.finish_reason) == ("", "length")
     assert completion.completion_tokens == 7
