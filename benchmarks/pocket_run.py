@@ -26,7 +26,7 @@ def open_pocket_run(folder: Path, model: Path, *words: str) -> tuple[RunDir, Con
         "batch_size": 64,
         "threads": 1,
         "max_tokens": 160,
-        "temperature": 0.5,
+        "temperature": 0.4,
     }
     roles = [
         f"{role}.{key}={value}"

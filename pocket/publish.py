@@ -58,7 +58,7 @@ make it again.
 
 ## How good it is
 
-Measured by `python -m pocket.measure` (temperature 0.5, float32); the grammar is the truth.
+Measured by `python -m pocket.measure` (temperature 0.4, float32); the grammar is the truth.
 "Unseen": held-out words, behind up to five earlier additions. "Seeds": the seeds shipped.
 "Chains": six steps over its own texts, from seeds, operations at random.
 
