@@ -9,7 +9,7 @@ datatrove lives in a virtual environment of its own:
 
 With `--url` the peer calls that server, as it does in use. Without, the server is replaced by a
 pause, and there is no HTTP: the peer's best case. The last line printed is JSON. Imports and the
-server's start are not timed.
+server's start are not timed; the first look whether it is there is.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx  # noqa: F401 - the peer imports it when it first calls a server
 from datatrove.data import Document
 from datatrove.pipeline.inference.run_inference import InferenceConfig, InferenceRunner
 from datatrove.pipeline.inference.servers import DummyServer

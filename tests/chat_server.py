@@ -70,6 +70,12 @@ def make_handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *args: object) -> None:
             """Be quiet."""
 
+        def do_CONNECT(self) -> None:
+            """A proxy that refuses everybody."""
+            server.proxy_keys.append(self.headers.get("Proxy-Authorization"))
+            server.keys.append(self.headers.get("Authorization"))
+            self.send_error(407)
+
         def do_POST(self) -> None:
             length = int(self.headers["Content-Length"])
             body = json.loads(self.rfile.read(length))

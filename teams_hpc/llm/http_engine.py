@@ -14,6 +14,7 @@ import queue
 import ssl
 import threading
 import urllib.request
+from base64 import b64encode
 from collections import deque
 from collections.abc import Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
@@ -58,8 +59,12 @@ class HttpEngine:
         self._config = config
         self._url = _chat_url(config.base_url)
         self._server = self._url.raw_authority
-        self._proxy = _proxy_for(self._url)
         self._key = _read_key(config.api_key_env)
+        self._options = _proxy_for(self._url)
+        if self._key is not None:
+            # For each call: what a session sends with all, aiohttp tells the proxy too.
+            headers = self._options.get("headers", {})
+            self._options["headers"] = {**headers, "Authorization": f"Bearer {self._key}"}
         self._num_pending = 0
         self._added: deque[Request] = deque()
         self._calls: set[asyncio.Task[Completion]] = set()
@@ -138,7 +143,6 @@ class HttpEngine:
             connector=aiohttp.TCPConnector(
                 limit=config.max_concurrency, keepalive_timeout=_KEPT_OPEN_S, ssl=_authorities()
             ),
-            headers={} if self._key is None else {"Authorization": f"Bearer {self._key}"},
             # For the whole call: a server that drips would never be over.
             timeout=aiohttp.ClientTimeout(total=config.timeout_s),
         )
@@ -202,13 +206,13 @@ class HttpEngine:
         }
         try:
             async with self._session.post(
-                self._url, json=body, proxy=self._proxy, allow_redirects=False
+                self._url, json=body, allow_redirects=False, **self._options
             ) as reply:
                 content = await reply.read()
         except TimeoutError:
             raise _Retry(f"no reply from {self._server} in {config.timeout_s:g} s") from None
-        except aiohttp.ClientError as error:
-            what = str(error) or type(error).__name__
+        except (aiohttp.ClientError, UnicodeError) as error:  # the latter: no name of a host
+            what = self._hidden(str(error)) or type(error).__name__
             raise _Retry(f"no reply from {self._server}: {what}") from None
         return self._read(request, reply.status, reply.headers, content)
 
@@ -236,8 +240,10 @@ class HttpEngine:
 
     def _words(self, content: bytes) -> str:
         """What the server says, in short; it may have quoted the key."""
-        text = " ".join(content.decode(errors="replace").split())
-        return (text if self._key is None else text.replace(self._key, "[key]"))[:200]
+        return self._hidden(" ".join(content.decode(errors="replace").split()))[:200]
+
+    def _hidden(self, text: str) -> str:
+        return text if self._key is None else text.replace(self._key, "[key]")
 
 
 def _chat_url(base_url: str) -> URL:
@@ -250,13 +256,30 @@ def _chat_url(base_url: str) -> URL:
     return url
 
 
-def _proxy_for(url: URL) -> str | None:
-    """From the environment (http_proxy, no_proxy and the like), which is looked at once."""
+def _proxy_for(url: URL) -> dict[str, Any]:
+    """How to send through the environment's proxy (http_proxy, no_proxy and the like).
+
+    Its password goes into a header: errors quote addresses.
+    """
     proxies = urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")
     if not proxy or urllib.request.proxy_bypass(url.raw_authority):
-        return None
-    return proxy if "://" in proxy else f"http://{proxy}"
+        return {}
+    try:
+        place = URL(proxy if "://" in proxy else f"http://{proxy}")
+    except ValueError:
+        place = URL()
+    if place.scheme not in ("http", "https") or not place.host:
+        raise EngineError(
+            f"the environment's proxy for {url.scheme} ({url.scheme}_proxy or all_proxy) is no "
+            "address of an HTTP proxy; for instance http://proxy:3128"
+        )
+    if place.user is None:
+        return {"proxy": place}
+    login = b64encode(f"{place.user}:{place.password or ''}".encode()).decode()
+    # Over TLS the proxy sees its own request alone, else the one and only.
+    headers = "proxy_headers" if url.scheme == "https" else "headers"
+    return {"proxy": place.with_user(None), headers: {"Proxy-Authorization": f"Basic {login}"}}
 
 
 def _authorities() -> ssl.SSLContext:
@@ -331,5 +354,12 @@ def _parse(request: Request, content: bytes) -> Completion:
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             completion_tokens=int(usage.get("completion_tokens") or 0),
         )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise _Retry(f"a reply that is no chat completion: {error}") from None

@@ -153,27 +153,26 @@ class SlotCache:
 
         Args:
             query: (1, heads, tokens, size).
-            keys: A layer's, as `update` gave them.
-            values: Likewise.
+            keys: A layer's, (slots, key heads, positions, size), as `update` gave them.
+            values: Likewise; their size may be another.
             scale: Of the scores.
 
         Returns:
-            (1, tokens, heads, size).
+            (1, tokens, heads, size of the values).
         """
         packed = query[0].transpose(0, 1)
-        heads, size = packed.shape[1:]
         found = []
         for group in self._groups:
             unfolded = packed[group.unfold].transpose(1, 2)
-            shape = unfolded.shape
+            slots, heads, tokens, size = unfolded.shape
             attended = scaled_dot_product_attention(
-                unfolded.reshape(len(unfolded), heads // self._num_shared, -1, size),
-                keys[group.slots, : group.width].transpose(1, 2),
-                values[group.slots, : group.width].transpose(1, 2),
+                unfolded.reshape(slots, heads // self._num_shared, -1, size),
+                keys[:, :, : group.width][group.slots],
+                values[:, :, : group.width][group.slots],
                 attn_mask=group.mask,
                 scale=scale,
-            )
-            found.append(attended.reshape(shape).transpose(1, 2).flatten(0, 1)[group.fold])
+            ).reshape(slots, heads, tokens, -1)
+            found.append(attended.transpose(1, 2).flatten(0, 1)[group.fold])
         return torch.cat(found)[None]
 
     def _tensor(self, values: Any) -> torch.Tensor:
@@ -192,7 +191,8 @@ class SlotCache:
             )
         for held, new in zip(self._layers[layer_idx], (keys, values), strict=True):
             held.flatten(0, 1).index_copy_(0, self._places, new[0].transpose(0, 1))
-        return tuple(self._layers[layer_idx])
+        keys, values = self._layers[layer_idx]
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Called by models that work out positions themselves; ours are given."""

@@ -166,6 +166,42 @@ def test_a_proxy_is_not_asked_for_what_it_is_not_for(monkeypatch: pytest.MonkeyP
     assert "secret" not in done.error
 
 
+@pytest.mark.parametrize("login", ["", "me:secret@"])
+def test_a_proxy_hears_its_own_password_alone_and_no_message_does(
+    login: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with chat_server(ChatServer()) as server:
+        place = server.url.removeprefix("http://").removesuffix("/v1")
+        for scheme in ("http", "https"):
+            monkeypatch.setenv(f"{scheme}_proxy", f"{login}{place}")
+        far = ChatServer(url="https://far.invalid/v1")
+        with engine_for(far, max_retries=0, api_key_env="MY_KEY") as engine:
+            (refused,) = complete_all(engine, requests(1))
+        assert server.keys == [None]
+        near = ChatServer(url="http://far.invalid/v1")
+        with engine_for(near, api_key_env="MY_KEY") as engine:
+            complete_all(engine, requests(1))
+    assert "407" in refused.error
+    assert "secret" not in refused.error
+    own = f"Basic {b64encode(b'me:secret').decode()}" if login else None
+    assert server.proxy_keys == [own, own]
+
+
+@pytest.mark.parametrize("proxy", ["socks5://me:secret@host:1080", "http://me:se#cret@host:1"])
+def test_what_is_no_http_proxy_is_refused_without_quoting_it(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(EngineError, match="http_proxy or all_proxy") as refused:
+        HttpEngine(HttpEngineConfig(base_url="http://far.invalid/v1", model="any"))
+    assert "cret" not in str(refused.value)
+
+
 def test_sampling_and_key_are_sent_and_the_key_is_told_to_nobody(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
