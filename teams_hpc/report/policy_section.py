@@ -87,8 +87,9 @@ def _comparison(select: Manifest) -> Iterator[Html]:
     yield tag(
         "p",
         f"Member {select['chosen']} was chosen on {select['select']['num_seeds']} seeds and is "
-        f"measured here on {report['num_seeds']} others (episodes of each: {report['num_episodes']}), "
-        "against baselines on the same seeds and keys. Intervals: paired bootstrap over seeds.",
+        f"measured here on {report['num_seeds']} others (episodes of each: "
+        f"{report['num_episodes']}), against baselines on the same seeds and keys. "
+        "Intervals: paired bootstrap over seeds.",
     )
     rows = []
     for name, found in report["policies"].items():
