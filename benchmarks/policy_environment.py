@@ -392,7 +392,7 @@ def main() -> None:
             }
             candidate.engine.close()
             print_table(name, results[name])
-    results["target"] = "10 times the published way; policy and TRPO below 0.02 of an iteration"
+    results["target"] = "10 times either published way; policy and TRPO below 0.02 of an iteration"
     name = f"policy-environment{arguments.label and '-' + arguments.label}"
     path = write_record(name, "environment steps per second", vars(arguments), results)
     print(f"\nwritten: {path}")
