@@ -415,7 +415,7 @@ def measure_rows(folder: Path, repeats: int, python: str, documents: int) -> Res
         "fsync_ms": fsync_ms(folder),
         "durable": DURABLE,
         "fsync": disks,
-        "target": "at least 20 times the peer, each as it is used",
+        "target": "at least 20 times the peer",
     }
 
 
