@@ -81,7 +81,8 @@ def _has_closing_line(text: str) -> bool:
 
 def is_unusable(rewrite: str, parent: str, *, is_cut_off: bool, max_words: int) -> bool:
     """Empty, unchanged, cut off or over length."""
-    if is_cut_off or len(rewrite.split()) > max_words:
+    # So many words need as many characters at least: mostly they need not be counted.
+    if is_cut_off or (len(rewrite) > max_words and len(rewrite.split()) > max_words):
         return True
     # Word by word, since the first that differs settles it.
     new, old = _words(rewrite), _words(parent)

@@ -155,9 +155,21 @@ def clean_rewrite(text: str) -> str:
 _WORD = re.compile(r"\w++(?:['’-]\w++)*+")
 
 
+_SEPARATORS = {code: " " for code in range(128) if not re.match(r"[\w'-]", chr(code))}
+
+
 def count_words(text: str) -> Counter[str]:
     """How often each word stands in a text, for `num_added`."""
-    return Counter(_WORD.findall(text.casefold()))
+    text = text.casefold()
+    if not text.isascii():
+        return Counter(_WORD.findall(text))
+    # The same words, but the pattern is asked only about what is more than letters: twice as fast.
+    counted = Counter(text.translate(_SEPARATORS).split())
+    for piece in [one for one in counted if "'" in one or "-" in one]:
+        number = counted.pop(piece)
+        for word in _WORD.findall(piece):
+            counted[word] += number
+    return counted
 
 
 def added_words(before: str, after: str) -> int:
@@ -171,7 +183,7 @@ def added_words(before: str, after: str) -> int:
 
 def num_added(old: Counter[str], new: Counter[str]) -> int:
     """`added_words` of counted texts: a parent is compared with each of its rewrites."""
-    return sum([count - min(count, old[word]) for word, count in new.items()])
+    return new.total() - sum([min(new[word], old[word]) for word in new.keys() & old.keys()])
 
 
 def has_length_rule(operation: Operation) -> bool:

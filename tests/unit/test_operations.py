@@ -1,5 +1,8 @@
 """What the rewriting prompts must say, and how a rewrite is cleaned and measured."""
 
+import re
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +12,7 @@ from teams_hpc.rewriting.operations import (
     Operation,
     added_words,
     clean_rewrite,
+    count_words,
     rewrite_request,
 )
 
@@ -63,3 +67,9 @@ def test_added_words_are_the_difference_of_two_multisets(
     old = " ".join(before)
     assert added_words(old, f"{' - '.join([*more, *before])}.") == len(more)
     assert added_words(f"{old} {' '.join(more)}", old.upper()) == 0
+
+
+@given(st.text(alphabet="aZ09_'’-–. ,\n\t\x1c|ßİé", max_size=40))
+def test_words_are_counted_alike_in_plain_texts_and_others(text: str) -> None:
+    """Plain texts are split in a faster way."""
+    assert count_words(text) == Counter(re.findall(r"\w+(?:['’-]\w+)*", text.casefold()))
