@@ -14,7 +14,6 @@ server's start are not timed; the first look whether it is there is.
 
 import argparse
 import asyncio
-import importlib.metadata
 import json
 import sys
 import time
@@ -91,12 +90,7 @@ def main() -> None:
     written = sum(path.read_text().count("\n") for path in output.rglob("*.jsonl"))
     if written != arguments.documents:
         raise RuntimeError(f"{written} of {arguments.documents} documents were written")
-    result = {
-        "version": importlib.metadata.version("datatrove"),
-        "documents": written,
-        "seconds": seconds,
-    }
-    print(json.dumps(result))
+    print(json.dumps({"documents": written, "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -37,9 +37,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +89,7 @@ int fsync(int descriptor) { return late("fsync", descriptor); }
 int fdatasync(int descriptor) { return late("fdatasync", descriptor); }
 """
 _LATE_S = 0.003
+_PEER_CALLS = (1, 3)
 _REWRITE = "Describe in {seed} words how the parts of a plan fit together, and name one risk. " * 5
 _ANSWER = "The parts fit together since each of them needs what the one before it has made. " * 8
 
@@ -333,6 +337,7 @@ def late_fsync(folder: Path, seconds: float) -> dict[str, str] | None:
 def run_peer(
     python: str, folder: Path, load: Load, documents: int, calls: int, more: Mapping[str, str]
 ) -> Result:
+    """What one process of the peer says of itself."""
     with tempfile.TemporaryDirectory(dir=folder) as root:
         done = subprocess.run(
             (
@@ -368,53 +373,96 @@ def stub_server(latency_s: float) -> Iterator[str]:
         server.communicate(timeout=10)  # closes its input, and it ends
 
 
-def has_peer(python: str) -> bool:
-    """Whether this Python has the peer and what its checkpoints need."""
-    words = (python, "-c", "import datatrove, aiofiles, aiosqlite, httpx, orjson, xxhash")
+def peer_version(python: str) -> str | None:
+    """The peer's version if this Python has it and what its checkpoints need."""
+    ask = "import datatrove, aiofiles, aiosqlite, httpx, orjson, xxhash, importlib.metadata as m"
+    words = (python, "-c", f"{ask}; print(m.version('datatrove'))")
     try:
-        return subprocess.run(words, capture_output=True, timeout=60, check=False).returncode == 0
+        found = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     except OSError:
-        return False
+        return None
+    return found.stdout.strip() or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """Both sides at the same work, in turn.
+
+    Attributes:
+        folder: Where runs are put.
+        load: All of ours; a process of the peer has as many in flight as one of ours.
+        python: One that has the peer; None: ours alone.
+        documents: How many each of its processes makes.
+        more: Additions to everybody's environment.
+        processes: As many ranks of ours, and as many tasks of the peer, share the machine.
+    """
+
+    folder: Path
+    load: Load
+    python: str | None
+    documents: int
+    more: Mapping[str, str]
+    processes: int
+
+    def round(self) -> Iterator[tuple[str, float]]:
+        """Each way once, and how many rows or documents a second it made."""
+        with stub_server(self.load.step_s) as url:
+            for way, load in (("", self.load), (HTTP, replace(self.load, url=url))):
+                ours = timed_run(load, self.folder, self.processes, self.more)
+                yield f"{OURS}{way}", load.num_rows / ours["seconds"]
+                for calls in _PEER_CALLS if self.python else ():
+                    name = f"{SIDE}{way}, {calls} call{'s' if calls > 1 else ''}"
+                    yield name, self._peer(load, calls)
+
+    def _peer(self, load: Load, calls: int) -> float:
+        """All its tasks together; what one does before another has begun isn't held against it."""
+        assert self.python is not None
+        task = partial(run_peer, self.python, self.folder, load, self.documents, calls, self.more)
+        with ThreadPoolExecutor(self.processes) as pool:
+            found = [one.result() for one in [pool.submit(task) for _ in range(self.processes)]]
+        return self.processes * self.documents / max(one["seconds"] for one in found)
 
 
 def measure_rows(folder: Path, repeats: int, python: str, documents: int) -> Result:
     """Durable rows per second, ours and the peer's in turn."""
     load = Load(units=4, unit_size=512, num_steps=4, slots=256, step_s=0.01)
-    with_peer = has_peer(python)
-    if not with_peer:
+    version = peer_version(python)
+    if version is None:
         print(f"{SIDE} is NOT COMPARED: {python} lacks it or what it needs (datatrove_peer.py)")
+    numbers = [1, 2]
+    if missing := missing_mpi():
+        print(f"two processes are NOT MEASURED: this machine lacks {missing}")
+        numbers = [1]
     disks: dict[str, Result] = {}
-    versions: set[str] = set()
     print(f"durable rows per second, {load.slots} in flight, {1000 * load.step_s:.0f} ms a call")
     with tempfile.TemporaryDirectory() as tools:
         late = late_fsync(Path(tools), _LATE_S)
         if late is None:
             print("a slower disk is NOT MEASURED: there is no C compiler (cc)")
         ways = {"as it is": {}} | ({f"{1000 * _LATE_S:.0f} ms later": late} if late else {})
-        calls = (1, 2, 3) if with_peer else ()
-        for disk, more in ways.items():
+        for (disk, more), number in product(ways.items(), numbers):
+            race = Race(
+                folder=folder,
+                load=replace(load, units=number * load.units),
+                python=python if version else None,
+                documents=documents,
+                more=more,
+                processes=number,
+            )
             rates: dict[str, list[float]] = {}
-            for _ in range(repeats):
-                with stub_server(load.step_s) as url:
-                    for way, one in (("", load), (HTTP, replace(load, url=url))):
-                        ours = timed_run(one, folder, more=more)
-                        rate = load.num_rows / ours["seconds"]
-                        rates.setdefault(f"{OURS}{way}", []).append(rate)
-                        for number in calls:
-                            peer = run_peer(python, folder, one, documents, number, more)
-                            name = f"{SIDE}{way}, {number} call{'s' if number > 1 else ''}"
-                            rates.setdefault(name, []).append(peer["documents"] / peer["seconds"])
-                            versions.add(peer["version"])
-            disks[disk] = compared(f"fsync {disk}", rates)
+            for name, rate in chain.from_iterable(race.round() for _ in range(repeats)):
+                rates.setdefault(name, []).append(rate)
+            found = compared(f"fsync {disk}, {number} process{'es' if number > 1 else ''}", rates)
+            disks.setdefault(disk, {})[number] = found
     for name, what in DURABLE.items():
         print(f"  {name} makes durable: {what}")
     return {
         "load": vars(load),
         "peer_documents": documents,
-        "peer_version": sorted(versions),
+        "peer_version": version,
         "fsync_ms": fsync_ms(folder),
         "durable": DURABLE,
-        "fsync": disks,
+        "fsync_then_processes": disks,
         "target": "at least 20 times the peer",
     }
 
@@ -590,7 +638,7 @@ def main() -> None:
         "commit": measured_at,
         "command": (
             f"benchmarks/generation.py --parts {arguments.parts} --repeats {repeats} "
-            f"--rank-step {arguments.rank_step}"
+            f"--rank-step {arguments.rank_step} --peer-documents {arguments.peer_documents}"
         ),
         "machine": ran_on,
         "results": results,

@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,7 +88,7 @@ class Finishing:
 
     def step(self) -> list[Completion]:
         return [
-            replace(done, finish_reason="stop") if done.finish_reason == "length" else done
+            done._replace(finish_reason="stop") if done.finish_reason == "length" else done
             for done in self._engine.step()
         ]
 

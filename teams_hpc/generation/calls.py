@@ -15,7 +15,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from teams_hpc.config.schema import EngineConfig, ReviewerConfig, TransformersEngineConfig
@@ -30,7 +30,7 @@ from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.journal import Batch, Result, Tokens
 
 _DIGEST_BYTES = 16
-_COMPLETION_VALUES = tuple(one.name for one in fields(Completion) if one.name != "id")
+_COMPLETION_VALUES = tuple(name for name in Completion._fields if name != "id")
 
 
 class Judged(NamedTuple):

@@ -6,11 +6,12 @@ independent chains in flight and hands in a chain's next request as soon as its 
 
 Exactness: an engine says whether the same request always gives the same completion, whatever it is
 batched with (`exact`), or only in distribution (`statistical`).
+
+What goes in and out are named tuples: some twenty are made for each row.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +21,14 @@ Exactness = Literal["exact", "statistical"]
 FinishReason = Literal["stop", "length", "error"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
+class Message(NamedTuple):
     """One chat message."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class Task(NamedTuple):
     """What a prompt asks for, in structured form, for the engine that has no model.
 
     Model engines read `Request.messages` alone; the template grammar reads this alone.
@@ -49,8 +48,7 @@ class Task:
     other: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(NamedTuple):
     """One completion to make.
 
     Attributes:
@@ -67,8 +65,7 @@ class Request:
     seed: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
+class Completion(NamedTuple):
     """What came back for the request with this id.
 
     `finish_reason` is `length` if it was cut off at `max_tokens`, `error` if the engine gave up on
@@ -83,8 +80,7 @@ class Completion:
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreRequest:
+class ScoreRequest(NamedTuple):
     """Score every option as the assistant's whole reply to `messages`."""
 
     messages: tuple[Message, ...]
@@ -92,8 +88,7 @@ class ScoreRequest:
     options: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
+class Score(NamedTuple):
     """Sum of token log-probabilities (nats) of each option, end-of-turn token included."""
 
     log_probabilities: tuple[float, ...]

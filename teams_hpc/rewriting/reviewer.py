@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import (
@@ -29,8 +29,7 @@ SANITY_ACCURACY = 0.8
 """Below this a reviewer's judgement is not to be trusted."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class Pair(NamedTuple):
     """Two instructions to compare; `seed` and `request_id` serve generated verdicts."""
 
     before: str
@@ -41,8 +40,7 @@ class Pair:
     request_id: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What the reviewer says of a pair.
 
     Attributes:

@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from teams_hpc.errors import CorruptFileError
 from teams_hpc.storage.atomic import fsync_folder, naming_disk_faults
@@ -36,8 +36,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class Result(NamedTuple):
     """What one call returned.
 
     Attributes:

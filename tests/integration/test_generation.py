@@ -31,7 +31,6 @@ from teams_hpc.storage.shards import Status, Table
 # What `teams-hpc stage` does, with an engine that takes its time, or fails where it is told to.
 WORKER = """
 import os, resource, signal, sys, time
-from dataclasses import replace
 from pathlib import Path
 from teams_hpc.config import load_resolved
 from teams_hpc.errors import TeamsError
@@ -45,7 +44,7 @@ real = TemplateEngine.step
 def step(self):
     time.sleep(float(delay_s))
     return [
-        replace(one, text="", finish_reason="error", completion_tokens=0, error="no GPU")
+        one._replace(text="", finish_reason="error", completion_tokens=0, error="no GPU")
         if fails == "all" or int(one.id[:2], 16) < int(fails) else one
         for one in real(self)
     ]
