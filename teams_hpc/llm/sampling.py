@@ -9,8 +9,8 @@ import torch
 
 _MIX = ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32))
 _LAST_SHIFT = 16
-_MOST_LIKELY = 64
-"""Among so many tokens a nucleus is looked for at first."""
+_WIDER = 64
+"""A nucleus is looked for in the likeliest token, then among so many times more."""
 
 
 def _shift(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -55,32 +55,53 @@ def _noise(keys: Sequence[tuple[int, int]], size: int, device: torch.device) -> 
 
 def _largest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest of each row, descending, and where they are."""
-    if values.device.type != "cpu" or count == values.shape[-1]:
+    if values.device.type != "cpu":
         return values.topk(count)
-    # Twice as fast as torch's.
-    found = torch.from_numpy(np.argpartition(values.numpy(), -count, axis=-1)[:, -count:])
-    ordered, places = values.gather(-1, found).sort(dim=-1, descending=True)
-    return ordered, found.gather(-1, places)
+    # Twice to ten times as fast as torch's.
+    numbers = values.numpy()
+    if count == 1:
+        found = numbers.argmax(-1, keepdims=True)
+    elif count == numbers.shape[-1]:
+        found = numbers.argsort(-1)[:, ::-1]
+    else:
+        some = np.argpartition(numbers, -count, axis=-1)[:, -count:]
+        order = np.take_along_axis(numbers, some, -1).argsort(-1)[:, ::-1]
+        found = np.take_along_axis(some, order, -1)
+    places = torch.from_numpy(np.ascontiguousarray(found))
+    return values.gather(-1, places), places
 
 
 def _draw(
-    scaled: torch.Tensor, words: torch.Tensor, top_p: float, count: int
+    scaled: torch.Tensor, total: torch.Tensor, words: torch.Tensor, top_p: float, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A token of each row's nucleus: tokens until the likelier ones reach `top_p`, with ties.
 
+    Args:
+        scaled: (batch, vocabulary).
+        total: Its logsumexp, (batch, 1).
+        words: (2, batch).
+        top_p: See `next_tokens`.
+        count: Among how many of the likeliest tokens to look.
+
     Returns:
-        Tokens, (batch,), and where the nucleus isn't known to end among the `count` likeliest.
+        Tokens, (batch,), and where the nucleus isn't known to end among them.
     """
     values, tokens = _largest(scaled, count)
-    likelihoods = (values - scaled.logsumexp(-1, keepdim=True)).exp_()
-    is_in = likelihoods.cumsum(-1) - likelihoods < top_p
+    likelihoods = (values - total).exp_()
+    sums = likelihoods.cumsum(-1)
+    is_in = sums - likelihoods < top_p
     is_in[:, 0] = True
     lowest = values.masked_fill(~is_in, float("inf")).amin(-1, keepdim=True)
     is_out = values < lowest
+    # What is left may hold as likely a token as the last one.
+    is_whole = (sums[:, -1] >= top_p) & (1.0 - sums[:, -1] < 0.5 * likelihoods[:, -1])
+    is_open = ~(is_out[:, -1] | is_whole)
+    if count == 1:
+        return tokens[:, 0], is_open
     first, second = words[:, :, None]
     noise = _gumbel(first, second, tokens.int())
     best = (values + noise).masked_fill_(is_out, float("-inf")).argmax(-1, keepdim=True)
-    return tokens.gather(-1, best)[:, 0], ~is_out[:, -1]
+    return tokens.gather(-1, best)[:, 0], is_open
 
 
 def next_tokens(
@@ -107,11 +128,12 @@ def next_tokens(
     if top_p == 1.0:
         return (scaled + _noise(keys, logits.shape[-1], logits.device)).argmax(-1)
     words = _words(keys, logits.device)
+    total = scaled.logsumexp(-1, keepdim=True)
     # Few tokens are in most nuclei, and only those need to be in order and to have noise.
-    count = min(_MOST_LIKELY, logits.shape[-1])
-    chosen, is_open = _draw(scaled, words, top_p, count)
+    count = 1
+    chosen, is_open = _draw(scaled, total, words, top_p, count)
     while count < logits.shape[-1] and is_open.any():
-        count = min(count * _MOST_LIKELY, logits.shape[-1])
+        count = min(count * _WIDER, logits.shape[-1])
         rows = is_open.nonzero()[:, 0]
-        chosen[rows], is_open[rows] = _draw(scaled[rows], words[:, rows], top_p, count)
+        chosen[rows], is_open[rows] = _draw(scaled[rows], total[rows], words[:, rows], top_p, count)
     return chosen
