@@ -57,9 +57,11 @@ class Row:
         self._append(token)
 
     def draft(self, most: int) -> list[int]:
-        """What may come next: what came when the last two tokens were last met."""
+        """What may come next: what came when the last two tokens drawn were last met."""
+        if len(self.tokens) < 2:  # where a prompt ends says nothing of how a reply begins
+            return []
         most = min(most, self.limit - len(self.tokens) - 1)
-        start = self._after.get((self._text[-2], self._text[-1])) if len(self) > 1 else None
+        start = self._after.get((self._text[-2], self._text[-1]))
         return [] if start is None else self._text[start : start + most]
 
     def _append(self, token: int) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from teams_hpc.config import TransformersEngineConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Completion, Message, Request, ScoreRequest, Task, complete_all
+from teams_hpc.llm.decoder import Row
 from teams_hpc.llm.load import load_engines
 from teams_hpc.llm.local_model import enough_memory, longest_sequence
 from teams_hpc.llm.transformers_engine import TransformersEngine
@@ -108,6 +109,14 @@ def test_guessing_ahead_saves_passes_and_changes_no_token(
         monkeypatch.undo()
     assert found[0] == found[1]
     assert passes[1] < passes[0]
+
+
+def test_nothing_is_guessed_before_a_reply_has_begun() -> None:
+    row = Row(id="", prompt=[1, 2, 3, 4, 1, 2], seed=0, limit=10)
+    assert row.draft(8) == []
+    for token in (2, 3):
+        row.take(token)
+    assert row.draft(3) == [4, 1, 2]
 
 
 def test_what_prompts_begin_with_is_computed_once(
