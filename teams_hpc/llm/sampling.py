@@ -93,7 +93,7 @@ def _draw(
     is_in[:, 0] = True
     lowest = values.masked_fill(~is_in, float("inf")).amin(-1, keepdim=True)
     is_out = values < lowest
-    # What is left may hold as likely a token as the last one.
+    # A tie with the last one would need more than what is left; half, to be safe from rounding.
     is_whole = (sums[:, -1] >= top_p) & (1.0 - sums[:, -1] < 0.5 * likelihoods[:, -1])
     is_open = ~(is_out[:, -1] | is_whole)
     if count == 1:

@@ -153,8 +153,7 @@ def clean_rewrite(text: str) -> str:
 
 # Possessive, since a word is never tried shorter: twice as fast.
 _WORD = re.compile(r"\w++(?:['’-]\w++)*+")
-
-
+# What can't be in a word of an ASCII text.
 _SEPARATORS = {code: " " for code in range(128) if not re.match(r"[\w'-]", chr(code))}
 
 

@@ -48,3 +48,25 @@ def test_the_only_likely_token_is_drawn_whatever_its_noise() -> None:
     logits[0, token] = 100.0
     for top_p in (0.9, 1.0):
         assert next_tokens(logits, [key], temperature=1.0, top_p=top_p).item() == token
+
+
+@pytest.mark.parametrize("size", [5, 64, 100, 1024])
+@pytest.mark.parametrize("peak", [0.0, 4.0, 12.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95])
+def test_a_nucleus_found_in_the_likeliest_tokens_is_that_of_all(
+    size: int, peak: float, top_p: float
+) -> None:
+    """Whole numbers as logits, so that many are as likely as others."""
+    torch.manual_seed(0)
+    keys = KEYS[:200]
+    rows = torch.arange(len(keys))
+    logits = (2.0 * torch.randn(len(keys), size)).round()
+    logits[rows, torch.randint(size, (len(keys),))] += peak
+    ordered = logits.softmax(-1).sort(-1, descending=True)
+    before = ordered.values.cumsum(-1) - ordered.values
+    last = (before < top_p).sum(-1).clamp(min=1) - 1
+    lowest = logits[rows, ordered.indices[rows, last]]
+    noisy = logits + _noise(keys, size, torch.device("cpu"))
+    expected = noisy.masked_fill(logits < lowest[:, None], float("-inf")).argmax(-1)
+    drawn = next_tokens(logits, keys, temperature=1.0, top_p=top_p)
+    assert torch.equal(drawn, expected)
