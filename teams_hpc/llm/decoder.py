@@ -212,5 +212,5 @@ class Decoder:
                     self._rows[slot] = last
                     self._slots.copy(len(self._rows), slot)
         if not self._rows:
-            self._slots.free()
+            self._slots.rest()
         return done[::-1]

@@ -214,10 +214,15 @@ class SlotCache:
             for tensor in held:
                 tensor[first:end] = 0
 
-    def free(self) -> None:
-        """Give all memory back."""
-        self._layers = []
-        self._num_slots = self._capacity = 0
+    def rest(self) -> None:
+        """No slot holds anything any more.
+
+        A GPU's memory goes back, for whatever comes until the next sequence; torch keeps it at
+        hand. On a CPU it stays, as the system would have to clear every page of it anew.
+        """
+        if self._device.type != "cpu":
+            self._layers = []
+            self._num_slots = self._capacity = 0
 
     def _reserve(self, num_slots: int, length: int) -> None:
         """Make the tensors large enough, keeping what they hold."""
