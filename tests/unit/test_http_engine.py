@@ -17,7 +17,7 @@ from chat_server import ChatServer, chat_server
 from teams_hpc.config import HttpEngineConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Message, Request, Task, complete_all
-from teams_hpc.llm.http_engine import HttpEngine, _parse, _pause_s, _seconds
+from teams_hpc.llm.http_engine import HttpEngine, _parse, _pause_s, _Retry, _seconds
 
 TASK = Task(kind="answer", instruction="")
 KEY = "sk-very-secret-4711"
@@ -352,3 +352,22 @@ def test_a_whole_reply_without_content_is_empty_and_not_asked_again() -> None:
     completion = _parse(requests(1)[0], json.dumps(value).encode())
     assert (completion.text, completion.finish_reason) == ("", "length")
     assert completion.completion_tokens == 7
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b'{"choices": []}',
+        b'{"choices": [{"message": {"content": 7}}]}',
+        b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": 1e999}}',
+        b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": NaN}}',
+        b"[" * 100_000,
+    ],
+    ids=["nothing", "no text", "a list", "no choice", "a number", "infinite", "no number", "deep"],
+)
+def test_what_is_no_reply_is_asked_for_again(content: bytes) -> None:
+    with pytest.raises(_Retry, match="no chat completion"):
+        _parse(requests(1)[0], content)
