@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 from teams_hpc.config.schema import EngineConfig, ReviewerConfig, TransformersEngineConfig
@@ -45,7 +46,7 @@ class ClaimLost(Exception):
     """Another process took this unit over; what it publishes counts. Never leaves the worker."""
 
 
-def _hash(start: Any, *parts: str) -> str:
+def _hash(start: Any, *parts: str | int) -> str:
     state = start.copy()
     state.update(length_prefixed(parts))
     return str(state.hexdigest())
@@ -71,12 +72,12 @@ class CallDigests:
         return cls(*states)
 
     def of_request(self, request: Request) -> str:
-        texts = [text for message in request.messages for text in (message.role, message.content)]
-        return _hash(self._expert, str(request.seed), request.task.operation, *texts)
+        texts = chain.from_iterable(request.messages)
+        return _hash(self._expert, request.seed, request.task.operation, *texts)
 
     def of_pair(self, pair: Pair) -> str:
         texts = (pair.before, pair.before_input, pair.after, pair.after_input)
-        return _hash(self._reviewer, str(pair.seed), *texts)
+        return _hash(self._reviewer, pair.seed, *texts)
 
 
 def fixed_batch_size(config: EngineConfig) -> int | None:

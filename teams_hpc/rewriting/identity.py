@@ -7,14 +7,18 @@ a counter-based function of that id and a purpose.
 import hashlib
 from collections.abc import Iterable
 
-from teams_hpc.storage.length_prefixed import joined
+from teams_hpc.storage.length_prefixed import length
 
 _TWO_53 = float(1 << 53)
 
 
 def length_prefixed(parts: Iterable[str | int]) -> bytes:
     """The parts as bytes that no other parts give, each after its length."""
-    return joined([str(part).encode("utf-8", "surrogatepass") for part in parts])
+    pieces: list[bytes] = []
+    for part in parts:
+        piece = str(part).encode("utf-8", "surrogatepass")
+        pieces += length(len(piece)), piece
+    return b"".join(pieces)
 
 
 def _digest(parts: tuple[str | int, ...], size: int) -> bytes:

@@ -3,9 +3,10 @@
 import struct
 from collections.abc import Iterable
 
-_length = struct.Struct("<Q").pack
+length = struct.Struct("<Q").pack
+"""What stands before a piece of so many bytes."""
 
 
 def joined(pieces: Iterable[bytes]) -> bytes:
     """The pieces one after the other, each after its length (8 bytes, little-endian)."""
-    return b"".join([_length(len(piece)) + piece for piece in pieces])
+    return b"".join([length(len(piece)) + piece for piece in pieces])
