@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from teams_hpc.config.schema import EngineConfig, ReviewerConfig, TransformersEngineConfig
 from teams_hpc.errors import CorruptFileError, EngineError
@@ -26,20 +26,12 @@ from teams_hpc.llm.base import Completion, Engine, Request
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.rewriting.identity import length_prefixed
 from teams_hpc.rewriting.operations import PROMPT_SCHEMA
-from teams_hpc.rewriting.reviewer import Pair, Reviewer
+from teams_hpc.rewriting.reviewer import Pair, Reviewer, Verdict
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.journal import Batch, Result, Tokens
 
 _DIGEST_BYTES = 16
-_COMPLETION_VALUES = tuple(name for name in Completion._fields if name != "id")
-
-
-class Judged(NamedTuple):
-    """A verdict, or in `error` why there is none."""
-
-    p_not_equal: float
-    is_parsed: bool
-    error: str
+_COMPLETION_VALUES = Completion._fields[1:]  # all but the id
 
 
 class ClaimLost(Exception):
@@ -158,8 +150,8 @@ class Calls:
         for completion in completions:
             self._in_flight.discard(completion.id)
             digest = self.digests.of_request(self._pending.pop(completion.id))
-            value = {name: getattr(completion, name) for name in _COMPLETION_VALUES}
-            results.append(Result(key=completion.id, digest=digest, value=value))
+            value = dict(zip(_COMPLETION_VALUES, completion[1:], strict=True))
+            results.append(Result(completion.id, digest, value))
         tokens = Tokens(
             calls=len(completions),
             prompt_tokens=sum(completion.prompt_tokens for completion in completions),
@@ -183,7 +175,7 @@ class Calls:
             completions.append(Completion(id=result.key, **result.value))
         return completions
 
-    def judge(self, pairs: Sequence[Pair]) -> list[Judged]:
+    def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """Verdicts on pairs, in order, in one batch: from the journal, or from the reviewer.
 
         Raises:
@@ -199,8 +191,8 @@ class Calls:
         self.reviewer.ledger = Ledger()
         judged = self._ask_reviewer(pairs)
         results = tuple(
-            Result(key=pair.request_id, digest=self.digests.of_pair(pair), value=list(one))
-            for pair, one in zip(pairs, judged, strict=True)
+            Result(pair.request_id, self.digests.of_pair(pair), verdict)
+            for pair, verdict in zip(pairs, judged, strict=True)
         )
         spent = self.reviewer.ledger.total("reviewer")
         tokens = Tokens(
@@ -211,7 +203,7 @@ class Calls:
         self._uncommitted = Batch(role="reviewer", results=results, tokens=tokens)
         return judged
 
-    def _ask_reviewer(self, pairs: Sequence[Pair]) -> list[Judged]:
+    def _ask_reviewer(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One batch; if that fails, one by one, so that what one prompt is to blame for ends it.
 
         An engine that generates fails as a whole, or says so in a completion; and others of its
@@ -222,28 +214,24 @@ class Calls:
         """
         try:
             return [
-                Judged(
-                    math.nan if verdict.error else verdict.p_not_equal,
-                    verdict.is_parsed,
-                    verdict.error,
-                )
+                verdict._replace(p_not_equal=math.nan) if verdict.error else verdict
                 for verdict in self.reviewer.judge(pairs)
             ]
         except EngineError as error:
             if self.reviewer.verdict == "generated":
                 raise
             if len(pairs) == 1:
-                return [Judged(math.nan, False, str(error))]
+                return [Verdict(math.nan, False, str(error))]
         return [one for pair in pairs for one in self._ask_reviewer([pair])]
 
-    def _replay_verdicts(self, batch: Batch, pairs: Sequence[Pair]) -> list[Judged]:
+    def _replay_verdicts(self, batch: Batch, pairs: Sequence[Pair]) -> list[Verdict]:
         keys = [pair.request_id for pair in pairs]
         if batch.role != "reviewer" or [result.key for result in batch.results] != keys:
             raise self._strange(batch, keys[0], "is not the verdict expected here")
         for result, pair in zip(batch.results, pairs, strict=True):
             if result.digest != self.digests.of_pair(pair):
                 raise self._strange(batch, result.key, "judges another model, prompt or sampling")
-        return [Judged(*result.value) for result in batch.results]
+        return [Verdict(*result.value) for result in batch.results]
 
     def _strange(self, batch: Batch, key: str, what: str) -> CorruptFileError:
         path = self.log.folder / batch.source

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from teams_hpc.generation.calls import Calls, ClaimLost
 from teams_hpc.generation.evolve import Chain
 from teams_hpc.llm.base import Completion
-from teams_hpc.rewriting.reviewer import Verdict
 from teams_hpc.runtime.preemption import StopFlag
 
 _DRAIN_S = 15.0
@@ -75,8 +74,8 @@ class UnitRunner:
 
     def _judge(self, chains: Sequence[Chain]) -> None:
         verdicts = self.calls.judge([chain.pair() for chain in chains])
-        for chain, (p_not_equal, is_parsed, error) in zip(chains, verdicts, strict=True):
-            if error:
-                chain.fail(error)
+        for chain, verdict in zip(chains, verdicts, strict=True):
+            if verdict.error:
+                chain.fail(verdict.error)
             else:
-                chain.take_verdict(Verdict(p_not_equal=p_not_equal, is_parsed=is_parsed))
+                chain.take_verdict(verdict)

@@ -42,7 +42,7 @@ class Result(NamedTuple):
     Attributes:
         key: Identity of the call: record id, purpose, attempt.
         digest: Of everything that decides the result (model, prompt, sampling).
-        value: The result, as JSON.
+        value: The result, as JSON takes it; a named tuple is a list there.
     """
 
     key: str
@@ -295,7 +295,7 @@ class JournalWriter:
             tokens = batch.tokens
             value |= {
                 "role": batch.role,
-                "results": [[result.key, result.digest, result.value] for result in batch.results],
+                "results": batch.results,
                 "tokens": [tokens.calls, tokens.prompt_tokens, tokens.completion_tokens],
             }
         with naming_disk_faults(self.path):
