@@ -67,6 +67,8 @@ def test_added_words_are_the_difference_of_two_multisets(
     old = " ".join(before)
     assert added_words(old, f"{' - '.join([*more, *before])}.") == len(more)
     assert added_words(f"{old} {' '.join(more)}", old.upper()) == 0
+    new = " ".join([*more, *before[1:]])
+    assert added_words(old, new) == (count_words(new) - count_words(old)).total()
 
 
 @given(st.text(alphabet="aZ09_'’-–. ,\n\t\x1c|ßİé", max_size=40))
