@@ -8,7 +8,8 @@ answer. The first that applies is the reason.
 import re
 from collections.abc import Iterator
 from enum import StrEnum
-from itertools import zip_longest
+from itertools import starmap, zip_longest
+from operator import eq
 
 from teams_hpc.llm.base import Completion
 from teams_hpc.rewriting.operations import (
@@ -58,7 +59,7 @@ _WORD = re.compile(r"[^\W_]++(?:['’][^\W_]++)*+")
 
 
 def _words(text: str) -> Iterator[str]:
-    return (match.group() for match in _WORD.finditer(text.casefold()))
+    return map(re.Match.group, _WORD.finditer(text.casefold()))
 
 
 def normal_text(text: str) -> str:
@@ -68,11 +69,12 @@ def normal_text(text: str) -> str:
 
 def copies_prompt(rewrite: str, parent: str) -> bool:
     """Rule 4: the rewrite has a phrase of the rewriting prompt that its parent didn't have."""
-    new, old = rewrite.casefold(), parent.casefold()
-    if any(phrase in new and phrase not in old for phrase in FORBIDDEN_PHRASES):
+    new = rewrite.casefold()
+    found = [phrase for phrase in FORBIDDEN_PHRASES if phrase in new]
+    if found and any(phrase not in parent.casefold() for phrase in found):
         return True
     # Inside a line the closing mark may be Python's prompt.
-    return _has_closing_line(new) and not _has_closing_line(old)
+    return _has_closing_line(rewrite) and not _has_closing_line(parent)
 
 
 def _has_closing_line(text: str) -> bool:
@@ -89,7 +91,7 @@ def is_unusable(rewrite: str, parent: str, *, is_cut_off: bool, max_words: int) 
     first = next(new, None)
     if first is None or first != next(old, None):
         return first is None
-    return all(one == other for one, other in zip_longest(new, old))
+    return all(starmap(eq, zip_longest(new, old)))
 
 
 def check_rewrite(
@@ -135,6 +137,6 @@ def check_answer(completion: Completion) -> Reason:
     text = completion.text
     if "sorry" in text.casefold() and len(text.split()) < REFUSAL_WORDS:
         return Reason.REFUSAL
-    if all(word in _STOP_WORDS for word in _words(text.replace("’", "'"))):
+    if _STOP_WORDS.issuperset(_words(text.replace("’", "'"))):
         return Reason.EMPTY_ANSWER
     return Reason.NONE
