@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +16,10 @@ from teams_hpc.rewriting.operations import OPERATIONS, Operation
 
 _BREADTH = OPERATIONS.index(Operation.BREADTH)
 _NUM = len(OPERATIONS)
+_NEVER = (0,) * _NUM
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class History:
+class History(NamedTuple):
     """Which operations made the present text.
 
     Attributes:
@@ -36,7 +37,7 @@ class History:
 
     @classmethod
     def start(cls) -> "History":
-        return cls(step=0, last=-1, counts=(0,) * _NUM, since_breadth=(0,) * _NUM)
+        return cls(step=0, last=-1, counts=_NEVER, since_breadth=_NEVER)
 
     def after(self, operation: int, *, is_kept: bool = True) -> "History":
         """The history one step later; `is_kept`: the rewrite is the next step's parent."""
@@ -45,7 +46,7 @@ class History:
             step=self.step + 1,
             last=operation,
             counts=_one_more(self.counts, operation),
-            since_breadth=(0,) * _NUM if is_new_text else _one_more(self.since_breadth, operation),
+            since_breadth=_NEVER if is_new_text else _one_more(self.since_breadth, operation),
         )
 
 
@@ -145,7 +146,10 @@ def observe(
         episode_length: Scale for counts and steps.
     """
     if kind == "one_hot":
-        return np.array(_last(history), dtype=np.float32)
+        seen = np.zeros(_NUM, dtype=np.float32)
+        if history.last >= 0:
+            seen[history.last] = 1.0
+        return seen
     values = [
         *_history_features(history, episode_length),
         *_kind(instruction),

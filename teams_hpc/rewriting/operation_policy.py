@@ -26,6 +26,8 @@ from teams_hpc.storage.tensor_file import in_fixed_order
 
 Floats = NDArray[np.float64]
 _LAYERS = ("hidden_0", "hidden_1", "head")
+_UNIFORM = np.full(len(OPERATIONS), 1.0 / len(OPERATIONS))
+_UNIFORM.setflags(write=False)  # all get the same
 
 
 class OperationPolicy(Protocol):
@@ -41,7 +43,7 @@ class UniformPolicy:
     """Every operation alike: the random baseline."""
 
     def probabilities(self, observation: NDArray[np.floating], history: History) -> Floats:
-        return np.full(len(OPERATIONS), 1.0 / len(OPERATIONS))
+        return _UNIFORM
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,4 +165,7 @@ def choose(probabilities: Floats, uniform: float, action: Literal["sample", "arg
         return int(np.argmax(probabilities))
     values = probabilities.tolist()  # of six numbers: numpy would take ten times as long
     chosen = bisect_right(list(accumulate(values)), uniform)
-    return min(chosen, max(code for code, value in enumerate(values) if value))
+    if chosen < len(values):
+        return chosen
+    # Rounded, they may sum to less than one.
+    return max(code for code, value in enumerate(values) if value)
