@@ -46,6 +46,10 @@ Want = Literal["rewrite", "verdict", "answer", "nothing"]
 _SAME_REQUEST = ("record_id", "operation", "model", "prompt_hash", "sampler_seed")
 _OF_ANSWER = ("response", "answer_finish", "status", "reason", "detail")
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "error": Finish.ERROR}
+_STATUS = dict.fromkeys(REASONS, Status.ELIMINATED) | {
+    Reason.NONE: Status.KEPT,
+    Reason.ENGINE_ERROR: Status.FAILED,
+}
 
 
 def call_key(record: str, purpose: str, attempt: int = 0) -> str:
@@ -96,7 +100,6 @@ class Chain:
     _history: History = field(default_factory=History.start)
     _blank: Row = field(default_factory=dict)
     _row: Row = field(default_factory=dict)
-    _rewrite: str = ""
     _is_last_answer: bool = False
     _answers: dict[str, Row] = field(default_factory=dict)
 
@@ -113,8 +116,8 @@ class Chain:
 
     def request(self) -> Request:
         """The request it wants answered: a rewrite or an answer."""
-        seed = keyed_seed(self.record_id, self.wants)
-        request_id = call_key(self.record_id, self.wants)
+        record = self.record_id
+        seed, request_id = keyed_seed(record, self.wants), call_key(record, self.wants)
         if self.wants == "rewrite":
             request = rewrite_request(
                 OPERATIONS[self._row["operation"]],
@@ -131,13 +134,14 @@ class Chain:
 
     def pair(self) -> Pair:
         """The comparison it wants judged."""
+        record = self.record_id
         return Pair(
             before=self._instruction,
             before_input=self._input,
             after=self._row["instruction"],
             after_input=self._row["input"],
-            seed=keyed_seed(self.record_id, "verdict"),
-            request_id=call_key(self.record_id, "verdict"),
+            seed=keyed_seed(record, "verdict"),
+            request_id=call_key(record, "verdict"),
         )
 
     def take_completion(self, completion: Completion) -> None:
@@ -170,7 +174,7 @@ class Chain:
         A step whose prompt is the same as then is taken over as it was; of one that failed, what
         had come back before it failed. The rest is asked anew.
         """
-        while self.wants in ("rewrite", "answer") and self._recall_one():
+        while self.earlier and self.wants in ("rewrite", "answer") and self._recall_one():
             pass
 
     def fail(self, error: str) -> None:
@@ -297,17 +301,16 @@ class Chain:
         self._end_step(check_answer(completion))
 
     def _end_step(self, reason: Reason) -> None:
-        statuses = {Reason.NONE: Status.KEPT, Reason.ENGINE_ERROR: Status.FAILED}
-        self._row["status"] = statuses.get(reason, Status.ELIMINATED)
+        self._row["status"] = _STATUS[reason]
         self._row["reason"] = REASONS.index(reason)
         if self._is_last_answer:
             self.wants = "nothing"
             return
         self.rows.append(self._row)
-        if reason is Reason.NONE:
+        is_kept = reason is Reason.NONE
+        if is_kept:
             self._instruction, self._input = self._row["instruction"], self._row["input"]
             self._parent_id = self._row["record_id"]
-        is_kept = reason is Reason.NONE
         self._history = self._history.after(self._row["operation"], is_kept=is_kept)
         if self._history.step < self.steering.settings.num_steps:
             self._begin_step()
