@@ -104,25 +104,16 @@ def rewrite_request(
     operation: Operation, instruction: str, input_text: str, *, request_id: str, seed: int
 ) -> Request:
     """The request to rewrite an instruction by one operation."""
-    return Request(
-        id=request_id,
-        messages=(Message(role="user", content=_rewrite_text(operation, instruction, input_text)),),
-        task=Task(
-            kind="rewrite", instruction=instruction, input=input_text, operation=str(operation)
-        ),
-        seed=seed,
-    )
+    message = Message("user", _rewrite_text(operation, instruction, input_text))
+    task = Task("rewrite", instruction, input_text, str(operation))
+    return Request(request_id, (message,), task, seed)
 
 
 def answer_request(instruction: str, input_text: str, *, request_id: str, seed: int) -> Request:
     """The request to answer an instruction; its input follows after an empty line."""
     content = f"{instruction}\n\n{input_text}" if input_text else instruction
-    return Request(
-        id=request_id,
-        messages=(Message(role="user", content=content),),
-        task=Task(kind="answer", instruction=instruction, input=input_text),
-        seed=seed,
-    )
+    task = Task("answer", instruction, input_text)
+    return Request(request_id, (Message("user", content),), task, seed)
 
 
 def prompt_hash(request: Request) -> str:

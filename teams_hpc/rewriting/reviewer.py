@@ -68,11 +68,11 @@ def verdict_messages(pair: Pair) -> tuple[Message, ...]:
         f"Second instruction:\n{_with_input(pair.after, pair.after_input)}\n\n"
         "Answer only: Equal or Not Equal."
     )
-    return (Message(role="user", content=content),)
+    return (Message("user", content),)
 
 
 def _task(pair: Pair) -> Task:
-    return Task(kind="judge", instruction=pair.before, input=pair.before_input, other=pair.after)
+    return Task("judge", pair.before, pair.before_input, other=pair.after)
 
 
 def softmax_not_equal(equal: float, not_equal: float) -> float:
