@@ -32,6 +32,10 @@ SCHEMA = 1
 _LENGTH_BYTES = 8
 _CHECKSUM_BYTES = 16
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
+# What is journalled has no cycles.
+_as_json = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, separators=(",", ":")
+).encode
 
 log = logging.getLogger(__name__)
 
@@ -103,16 +107,17 @@ class Spent:
     in_doubt: int = 0
 
 
-def _checksum(payload: bytes) -> bytes:
-    length = len(payload).to_bytes(_LENGTH_BYTES, "little")
-    return hashlib.blake2b(length + payload, digest_size=_CHECKSUM_BYTES).digest()
+def _checksum(length: bytes, payload: bytes) -> bytes:
+    state = hashlib.blake2b(length, digest_size=_CHECKSUM_BYTES)
+    state.update(payload)
+    return state.digest()
 
 
 def frame(value: Any) -> bytes:
     """One frame: length of the payload, checksum over length and payload, payload."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    payload = text.encode("utf-8", "surrogatepass")
-    return len(payload).to_bytes(_LENGTH_BYTES, "little") + _checksum(payload) + payload
+    payload = _as_json(value).encode("utf-8", "surrogatepass")
+    length = len(payload).to_bytes(_LENGTH_BYTES, "little")
+    return length + _checksum(length, payload) + payload
 
 
 def frames(content: bytes) -> Iterator[tuple[Any, int]]:
@@ -120,12 +125,12 @@ def frames(content: bytes) -> Iterator[tuple[Any, int]]:
     at = 0
     while True:
         start = at + _LENGTH_BYTES + _CHECKSUM_BYTES
-        length = int.from_bytes(content[at : at + _LENGTH_BYTES], "little")
-        end = start + length
+        length = content[at : at + _LENGTH_BYTES]
+        end = start + int.from_bytes(length, "little")
         if start > len(content) or end > len(content):
             return
         payload = content[start:end]
-        if content[at + _LENGTH_BYTES : start] != _checksum(payload):
+        if content[at + _LENGTH_BYTES : start] != _checksum(length, payload):
             return
         at = end
         yield json.loads(payload.decode("utf-8", "surrogatepass")), end
