@@ -20,7 +20,7 @@ from teams_hpc.storage.journal import (
 )
 
 
-def journal_usage(journals: Sequence[Journal]) -> Ledger:
+def journal_usage(journals: Sequence[Journal | JournalWriter]) -> Ledger:
     """All that these writers asked for, done and in doubt."""
     ledger = Ledger()
     for journal in journals:
@@ -55,6 +55,7 @@ class UnitLog:
     models: Mapping[str, str]
     _batches: list[Batch] = field(init=False)
     _next: int = 0
+    _has_reply: bool = field(init=False)
     _others: list[Path] = field(init=False)
     _writer: JournalWriter = field(init=False)
 
@@ -68,7 +69,8 @@ class UnitLog:
                     "--rerun-from generate"
                 )
         self._batches, parent = history(journals)
-        if not _has_success(self._batches):
+        self._has_reply = any(map(_has_success, self._batches))
+        if not self._has_reply:
             # An engine that was down answered with errors alone: ask it anew.
             self._batches, parent = [], ""
         header = Header(
@@ -84,17 +86,18 @@ class UnitLog:
     @property
     def num_durable_expert_calls(self) -> int:
         """Expert calls that need not be made again."""
-        return _num_expert_calls(self._batches)
+        return sum(len(batch.results) for batch in self._batches if batch.role == "expert")
 
     @property
     def num_expert_calls(self) -> int:
         """Expert calls with a durable result, asked by this writer or before."""
-        return self.num_durable_expert_calls + _num_expert_calls(self._writer.batches)
+        own = (spent.calls for (role, _), spent in self._writer.spent.items() if role == "expert")
+        return self.num_durable_expert_calls + sum(own)
 
     @property
     def has_reply(self) -> bool:
         """Whether the expert has answered any of them."""
-        return _has_success([*self._batches, *self._writer.batches])
+        return self._has_reply
 
     @property
     def is_replaying(self) -> bool:
@@ -114,26 +117,25 @@ class UnitLog:
     def commit(self, batch: Batch | None, intents: Mapping[str, Sequence[str]]) -> None:
         """Make a batch and the intents of what follows from it durable: one fsync."""
         self._writer.commit(batch, intents)
+        self._has_reply = self._has_reply or (batch is not None and _has_success(batch))
 
     def usage(self) -> Ledger:
         """What the unit cost so far, over all writers."""
         others = [read_journal(path) for path in self._others]
-        return journal_usage([*others, self._writer.journal])
+        return journal_usage([*others, self._writer])
 
     @property
     def file_names(self) -> list[str]:
         """Journals whose calls `usage` counts."""
-        own = [self._writer.path.name] if self._writer.batches or self._writer.intents else []
+        own = [self._writer.path.name] if self._writer.spent else []
         return sorted([*(path.name for path in self._others), *own])
 
     def close(self) -> None:
         self._writer.close()
 
 
-def _num_expert_calls(batches: Sequence[Batch]) -> int:
-    return sum(len(batch.results) for batch in batches if batch.role == "expert")
-
-
-def _has_success(batches: Sequence[Batch]) -> bool:
-    results = (result for batch in batches if batch.role == "expert" for result in batch.results)
-    return any(result.value["finish_reason"] != "error" for result in results)
+def _has_success(batch: Batch) -> bool:
+    """Whether the expert has answered any of a batch."""
+    return batch.role == "expert" and any(
+        result.value["finish_reason"] != "error" for result in batch.results
+    )

@@ -33,9 +33,7 @@ _LENGTH_BYTES = 8
 _CHECKSUM_BYTES = 16
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 # What is journalled has no cycles.
-_as_json = json.JSONEncoder(
-    ensure_ascii=False, check_circular=False, separators=(",", ":")
-).encode
+_as_json = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +105,27 @@ class Spent:
     in_doubt: int = 0
 
 
+Expenses = dict[tuple[str, str], Spent]
+"""What was spent by role and model."""
+
+
+def _count(
+    spent: Expenses,
+    models: Mapping[str, str],
+    batch: Batch | None,
+    intents: Mapping[str, Sequence[str]],
+) -> None:
+    """Add what one frame says was spent."""
+    for role, keys in intents.items():
+        spent.setdefault((role, models[role]), Spent()).in_doubt += len(keys)
+    if batch is not None:
+        one = spent.setdefault((batch.role, models[batch.role]), Spent())
+        one.calls += batch.tokens.calls
+        one.prompt_tokens += batch.tokens.prompt_tokens
+        one.completion_tokens += batch.tokens.completion_tokens
+        one.in_doubt -= len(batch.results)
+
+
 def _checksum(length: bytes, payload: bytes) -> bytes:
     state = hashlib.blake2b(length, digest_size=_CHECKSUM_BYTES)
     state.update(payload)
@@ -159,20 +178,13 @@ class Journal:
         return keys - {result.key for batch in self.batches for result in batch.results}
 
     @property
-    def spent(self) -> dict[tuple[str, str], Spent]:
+    def spent(self) -> Expenses:
         """What it cost, by role and model."""
-        if self.header is None:
-            return {}
-        models = self.header.models
-        spent = {
-            (role, models[role]): Spent(in_doubt=len(keys)) for role, keys in self.intents.items()
-        }
-        for batch in self.batches:
-            one = spent.setdefault((batch.role, models[batch.role]), Spent())
-            one.calls += batch.tokens.calls
-            one.prompt_tokens += batch.tokens.prompt_tokens
-            one.completion_tokens += batch.tokens.completion_tokens
-            one.in_doubt -= len(batch.results)
+        spent: Expenses = {}
+        if self.header is not None:
+            _count(spent, self.header.models, None, self.intents)
+            for batch in self.batches:
+                _count(spent, self.header.models, batch, {})
         return spent
 
 
@@ -276,12 +288,15 @@ class JournalWriter:
     Args:
         path: The file; it must not exist.
         header: Its first frame.
+
+    Attributes:
+        spent: What its batches cost, as `read_journal` would find it; empty before the first
+            commit. The batches themselves aren't kept.
     """
 
     path: Path
     header: Header
-    batches: list[Batch] = field(default_factory=list)
-    intents: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    spent: Expenses = field(default_factory=dict)
     _descriptor: int | None = None
 
     def commit(self, batch: Batch | None, intents: Mapping[str, Sequence[str]]) -> None:
@@ -305,10 +320,7 @@ class JournalWriter:
             }
         with naming_disk_faults(self.path):
             self._append(frame(value))
-        if batch is not None:
-            self.batches.append(batch)
-        for role, keys in announced.items():
-            self.intents[role] += keys
+        _count(self.spent, self.header.models, batch, announced)
 
     def _append(self, content: bytes) -> None:
         is_new = self._descriptor is None
@@ -330,16 +342,6 @@ class JournalWriter:
     def is_there(self) -> bool:
         """Whether the file still has its name; it loses it when another publishes the unit."""
         return self._descriptor is None or os.fstat(self._descriptor).st_nlink > 0
-
-    @property
-    def journal(self) -> Journal:
-        """What was written so far, as `read_journal` would give it."""
-        return Journal(
-            path=self.path,
-            header=self.header,
-            batches=tuple(self.batches),
-            intents=self.intents,
-        )
 
     def close(self) -> None:
         """Close the file; it stays."""

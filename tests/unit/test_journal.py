@@ -80,7 +80,7 @@ def test_what_is_committed_is_read_back_with_what_is_in_doubt(tmp_path: Path) ->
     assert keys_of(list(found.batches)) == [["k2"], ["v2"]]
     assert found.in_doubt == {"k1", "k3"}
     spent = found.spent
-    assert spent == one.journal.spent
+    assert spent == one.spent
     expert = spent["expert", "m"]
     assert (expert.calls, expert.prompt_tokens, expert.in_doubt) == (1, 5, 2)
     assert spent["reviewer", "r"].in_doubt == 0
