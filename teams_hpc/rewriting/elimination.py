@@ -70,9 +70,11 @@ def normal_text(text: str) -> str:
 def copies_prompt(rewrite: str, parent: str) -> bool:
     """Rule 4: the rewrite has a phrase of the rewriting prompt that its parent didn't have."""
     new = rewrite.casefold()
-    found = [phrase for phrase in FORBIDDEN_PHRASES if phrase in new]
-    if found and any(phrase not in parent.casefold() for phrase in found):
-        return True
+    # Each phrase has one of these: mostly two searches will do.
+    if "prompt" in new or "<<<" in new:
+        old = parent.casefold()
+        if any(phrase in new and phrase not in old for phrase in FORBIDDEN_PHRASES):
+            return True
     # Inside a line the closing mark may be Python's prompt.
     return _has_closing_line(rewrite) and not _has_closing_line(parent)
 
