@@ -63,15 +63,18 @@ def check_balance(counts: Counts, what: str) -> None:
 
 def count_length_rule(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
     """By operation: rewrites that came back whole, and how many added 10 to 20 words."""
-    found = {
-        str(name): {"judged": 0, "kept_rule": 0} for name in OPERATIONS if has_length_rule(name)
+    whole = [row for row in rows if row["rewrite_finish"] == Finish.STOP]
+    judged = Counter(row["operation"] for row in whole)
+    kept = Counter(
+        row["operation"]
+        for row in whole
+        if FEWEST_ADDED_WORDS <= row["added_words"] <= MOST_ADDED_WORDS
+    )
+    return {
+        str(name): {"judged": judged[code], "kept_rule": kept[code]}
+        for code, name in enumerate(OPERATIONS)
+        if has_length_rule(name)
     }
-    for row in rows:
-        line = found.get(str(OPERATIONS[row["operation"]]))
-        if line is not None and row["rewrite_finish"] == Finish.STOP:
-            line["judged"] += 1
-            line["kept_rule"] += FEWEST_ADDED_WORDS <= row["added_words"] <= MOST_ADDED_WORDS
-    return found
 
 
 def describe_engine(engine: Engine) -> dict[str, Any]:
