@@ -59,7 +59,7 @@ _SHOW_EVERY_S = 0.5
 _ENGINE_IS_DOWN_CALLS = 16
 """So many calls without one reply, when none ever came, mean that the engine is down."""
 _YOUNG_OBJECTS = 10_000
-"""So many new objects make Python look for cycles among them; by default 700."""
+"""So many new objects make Python look for cycles; by itself it does at 700 to 2,000."""
 
 
 def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:

@@ -7,18 +7,14 @@ a counter-based function of that id and a purpose.
 import hashlib
 from collections.abc import Iterable
 
-from teams_hpc.storage.length_prefixed import length
+from teams_hpc.storage.length_prefixed import joined
 
 _TWO_53 = float(1 << 53)
 
 
 def length_prefixed(parts: Iterable[str | int]) -> bytes:
     """The parts as bytes that no other parts give, each after its length."""
-    pieces: list[bytes] = []
-    for part in parts:
-        piece = str(part).encode("utf-8", "surrogatepass")
-        pieces += length(len(piece)), piece
-    return b"".join(pieces)
+    return joined([str(part).encode("utf-8", "surrogatepass") for part in parts])
 
 
 def _digest(parts: tuple[str | int, ...], size: int) -> bytes:

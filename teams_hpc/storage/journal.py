@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Result(NamedTuple):
-    """What one call returned.
+    """What one call returned; journals hold its values in this order.
 
     Attributes:
         key: Identity of the call: record id, purpose, attempt.
@@ -115,7 +115,7 @@ def _count(
     batch: Batch | None,
     intents: Mapping[str, Sequence[str]],
 ) -> None:
-    """Add what one frame says was spent."""
+    """Add what a batch and intents say was spent."""
     for role, keys in intents.items():
         spent.setdefault((role, models[role]), Spent()).in_doubt += len(keys)
     if batch is not None:
@@ -290,13 +290,13 @@ class JournalWriter:
         header: Its first frame.
 
     Attributes:
-        spent: What its batches cost, as `read_journal` would find it; empty before the first
-            commit. The batches themselves aren't kept.
+        spent: What was asked for through it, as `read_journal` would find it; empty before the
+            first commit. The batches themselves aren't kept.
     """
 
     path: Path
     header: Header
-    spent: Expenses = field(default_factory=dict)
+    spent: Expenses = field(init=False, default_factory=dict)
     _descriptor: int | None = None
 
     def commit(self, batch: Batch | None, intents: Mapping[str, Sequence[str]]) -> None:

@@ -3,10 +3,12 @@
 import struct
 from collections.abc import Iterable
 
-length = struct.Struct("<Q").pack
-"""What stands before a piece of so many bytes."""
+_length = struct.Struct("<Q").pack
 
 
 def joined(pieces: Iterable[bytes]) -> bytes:
     """The pieces one after the other, each after its length (8 bytes, little-endian)."""
-    return b"".join([length(len(piece)) + piece for piece in pieces])
+    parts: list[bytes] = []
+    for piece in pieces:
+        parts += _length(len(piece)), piece
+    return b"".join(parts)

@@ -1,6 +1,7 @@
 """Framing, torn tails, history over several writers, and what was spent."""
 
 import errno
+import math
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teams_hpc.errors import CorruptFileError, WorkError
+from teams_hpc.rewriting.reviewer import Verdict
 from teams_hpc.storage.journal import (
     Batch,
     Header,
@@ -191,3 +193,12 @@ def test_names_are_of_one_unit_and_writer(tmp_path: Path) -> None:
     paths = journal_paths(tmp_path, 12)
     assert [unit_of(path) for path in paths] == [12] * 3
     assert journal_paths(tmp_path, 1) == []
+
+
+def test_frames_are_what_they_were() -> None:
+    """Runs that have begun go on with later versions."""
+    result = Result("k", "d", Verdict(math.nan, False, "é"))
+    assert frame({"results": [result]}).hex() == (
+        "2800000000000000fbdf9dade852696829a9bbfae020f897"
+        + '{"results":[["k","d",[NaN,false,"é"]]]}'.encode().hex()
+    )

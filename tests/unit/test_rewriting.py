@@ -15,7 +15,7 @@ from teams_hpc.rewriting.elimination import (
     check_verdict,
     copies_prompt,
 )
-from teams_hpc.rewriting.identity import keyed_uniform, record_id, seed_id
+from teams_hpc.rewriting.identity import keyed_seed, keyed_uniform, record_id, seed_id
 from teams_hpc.rewriting.observation import FEATURE_NAMES, History, observation_size, observe
 from teams_hpc.rewriting.operation_policy import (
     MlpPolicy,
@@ -299,3 +299,10 @@ def test_baselines() -> None:
         assert np.array_equal(found, expected)
         history = history.after(0)
     assert UniformPolicy().probabilities(np.zeros(1), history).tolist() == [1 / 6] * 6
+
+
+def test_identities_are_what_they_were() -> None:
+    """Runs that have begun go on with later versions, and their rows keep their names."""
+    assert seed_id("ß", "K") == "7aae8cd30c5eb8dca8f9addb242e8174"
+    assert record_id(7, "ß", "", 0, 1) == "77b536a48407768aa065a278408436d6"
+    assert keyed_seed("r", "rewrite") == 7920867174323168766
