@@ -1,6 +1,5 @@
 """The stage `generate`: workers share the units of the plan until all are published."""
 
-import gc
 import logging
 import os
 import time
@@ -42,6 +41,7 @@ from teams_hpc.llm.base import Engine
 from teams_hpc.llm.ledger import Ledger
 from teams_hpc.llm.load import load_engines
 from teams_hpc.rewriting.reviewer import Reviewer
+from teams_hpc.runtime.garbage import seldom_collected
 from teams_hpc.runtime.metrics import Progress
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.runtime.ranks import read_ranks
@@ -58,8 +58,6 @@ _POLL_S = 0.2
 _SHOW_EVERY_S = 0.5
 _ENGINE_IS_DOWN_CALLS = 16
 """So many calls without one reply, when none ever came, mean that the engine is down."""
-_YOUNG_OBJECTS = 10_000
-"""So many new objects make Python look for cycles; by itself it does at 700 to 2,000."""
 
 
 def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> None:
@@ -82,7 +80,7 @@ def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> Non
         return
     needs_mpi = config.site.slurm.mpi not in (None, "none") and "SLURM_STEP_ID" in os.environ
     joined = joined_step(read_ranks(), needs_mpi=needs_mpi)
-    with joined as step, naming_disk_faults(run_dir.generate), _seldom_collecting():
+    with joined as step, naming_disk_faults(run_dir.generate), seldom_collected():
         stop.others = step.is_asked_to_stop
         plan = settle_plan(run_dir, config)
         retry = settle_retry(run_dir, plan, config.site.lease_s, stop)
@@ -93,17 +91,6 @@ def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> Non
         finally:
             worker.close()
         worker.finish()
-
-
-@contextmanager
-def _seldom_collecting() -> Iterator[None]:
-    """Look for cycles seldom: rows, requests and results form none, and thousands are in use."""
-    before = gc.get_threshold()
-    gc.set_threshold(_YOUNG_OBJECTS, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def _check_claim(log: UnitLog, claim: Claim) -> None:

@@ -146,10 +146,7 @@ def observe(
         episode_length: Scale for counts and steps.
     """
     if kind == "one_hot":
-        seen = np.zeros(_NUM, dtype=np.float32)
-        if history.last >= 0:
-            seen[history.last] = 1.0
-        return seen
+        return np.array(_last(history), dtype=np.float32)
     values = [
         *_history_features(history, episode_length),
         *_kind(instruction),
