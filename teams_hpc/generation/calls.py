@@ -133,8 +133,9 @@ class Calls:
 
     def _send(self, keys: Sequence[str]) -> None:
         if keys:
-            self.check_claim()
-        self._commit("expert", keys)
+            self._announce("expert", keys)
+        else:
+            self.flush()
         for key in keys:
             self.expert.add(self._pending[key])
             self._in_flight.add(key)
@@ -186,8 +187,7 @@ class Calls:
             return []
         if self.log.is_replaying:
             return self._replay_verdicts(self.log.next_batch(), pairs)
-        self.check_claim()
-        self._commit("reviewer", [pair.request_id for pair in pairs])
+        self._announce("reviewer", [pair.request_id for pair in pairs])
         self.reviewer.ledger = Ledger()
         judged = self._ask_reviewer(pairs)
         results = tuple(
@@ -239,6 +239,12 @@ class Calls:
             f"{path}: the result of call {key} {what}; made by other models or another version of "
             "this program? Run again with --rerun-from generate"
         )
+
+    def _announce(self, role: str, keys: Sequence[str]) -> None:
+        """Make durable that these are about to be sent, while the unit is still ours."""
+        self.check_claim()
+        self._commit(role, keys)
+        self.check_claim()  # an fsync can take long enough for another to have thought us gone
 
     def _commit(self, role: str, keys: Sequence[str]) -> None:
         if self._uncommitted is not None or keys:

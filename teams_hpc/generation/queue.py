@@ -2,7 +2,8 @@
 
 Processes draw numbers, and number n is the n-th place of the blocks that their step has claimed so
 far, one after another. Who draws the first place of a block claims it, by a lease, and notes which
-it is; the others read the note. A block is let go when nobody of the step works in it any more.
+it is; the others read the note. The lease bears the step's name and the turn, so they know it from
+one that somebody has taken since. A block is let go when nobody of the step works in it any more.
 """
 
 import time
@@ -98,7 +99,7 @@ class UnitQueue:
             self._show(_CHOOSING)
             turn, place = divmod(self.step.take_number(), self._size)
             if place == 0:
-                self._note(turn, self._claim_block())
+                self._note(turn, self._claim_block(turn))
             found = self._read_note(turn, check_stop)
             if found is Outlook.BUSY and looks_anew and place:
                 continue
@@ -106,7 +107,7 @@ class UnitQueue:
                 self._show(0)
                 return found
             self._show(found + 1)
-            claim = self._claim_of(found, place)
+            claim = self._claim_of(found, place, turn)
             if claim is not None:
                 return claim
 
@@ -132,11 +133,17 @@ class UnitQueue:
             return Outlook.BUSY
         return Outlook(code) if code < _FIRST_BLOCK else code - _FIRST_BLOCK
 
-    def _claim_of(self, block: int, place: int) -> Claim | None:
+    def _token(self, turn: int) -> str:
+        """What the whole step knows the lease by that was taken in this turn."""
+        return f"{self.step.name}-{turn}"
+
+    def _claim_of(self, block: int, place: int, turn: int) -> Claim | None:
         unit = block * self._size + place
         path = self._path(block)
         found = read_holder(path)
-        if unit >= self.num_units or found is None or self.is_published(unit):
+        if found is None or found[0].token != self._token(turn):  # lost while this process slept
+            return None
+        if unit >= self.num_units or self.is_published(unit):
             return None
         return Claim(unit=unit, path=path, holder=found[0])
 
@@ -152,7 +159,7 @@ class UnitQueue:
         start = self.first // self._size
         return ((start + offset) % count for offset in range(count))
 
-    def _claim_block(self) -> int | Outlook:
+    def _claim_block(self, turn: int) -> int | Outlook:
         """Claim a block that has work left, if there is one."""
         self._let_go()
         published = self.published()
@@ -165,13 +172,16 @@ class UnitQueue:
                 outlook = Outlook.BUSY  # others of this step are still at it
             elif not any(self.fits(unit) for unit in left):
                 outlook = Outlook.BUSY if outlook is Outlook.BUSY else Outlook.TOO_DEAR
-            # A lease remembers since when a foreign holder is silent, so it is kept between tries.
-            elif self._free.setdefault(block, Lease(self._path(block), self.lease_s)).acquire():
+            elif self._lease_of(block).acquire(self._token(turn)):
                 self._held[block] = self._free.pop(block)
                 return block
             else:
                 outlook = Outlook.BUSY
         return outlook
+
+    def _lease_of(self, block: int) -> Lease:
+        """Kept between tries: a lease remembers since when a foreign holder is silent."""
+        return self._free.setdefault(block, Lease(self._path(block), self.lease_s))
 
     def _let_go(self) -> None:
         """Give back the blocks in which nobody of this step works any more.

@@ -68,11 +68,9 @@ class UnitLog:
                     f"{journal.path} is of other inputs than today's; run again with "
                     "--rerun-from generate"
                 )
-        self._batches, parent = history(journals)
-        self._has_reply = any(map(_has_success, self._batches))
-        if not self._has_reply:
-            # An engine that was down answered with errors alone: ask it anew.
-            self._batches, parent = [], ""
+        # An engine that was down answered with errors alone: ask it anew.
+        self._batches, parent = history(journals, lambda found: any(map(_has_success, found)))
+        self._has_reply = bool(self._batches)
         header = Header(
             unit=self.unit,
             digest=self.digest,

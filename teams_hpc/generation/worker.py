@@ -76,11 +76,12 @@ def generate(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -> Non
         WorkError: The expert answered nothing, no row was kept, or the disk is full.
         StopRequested: Asked to stop; all that was received is durable.
     """
-    if read_manifest(run_dir, "generate") is not None:
-        return
     needs_mpi = config.site.slurm.mpi not in (None, "none") and "SLURM_STEP_ID" in os.environ
     joined = joined_step(read_ranks(), needs_mpi=needs_mpi)
     with joined as step, naming_disk_faults(run_dir.generate), seldom_collected():
+        # Looked at after joining: who is in waits for all the others of the step.
+        if read_manifest(run_dir, "generate") is not None:
+            return
         stop.others = step.is_asked_to_stop
         plan = settle_plan(run_dir, config)
         retry = settle_retry(run_dir, plan, config.site.lease_s, stop)

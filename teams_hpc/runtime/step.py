@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -25,10 +26,12 @@ class Step(Protocol):
     """What the processes of a step share.
 
     Attributes:
+        name: The same for all of them, and for nobody else ever.
         rank: Place of this process among them.
         size: Their number.
     """
 
+    name: str
     rank: int
     size: int
 
@@ -58,6 +61,7 @@ class SoloStep:
     """A step of one process."""
 
     def __init__(self) -> None:
+        self.name = uuid.uuid4().hex
         self.rank, self.size = 0, 1
         self._next = 0
         self._notes: dict[int, int] = {}
@@ -107,6 +111,9 @@ class MpiStep:
         self._window = mpi.Win.Allocate(8 * num_words, 8, comm=self._comm)
         if num_words:
             np.frombuffer(self._window.tomemory(), dtype=np.int64)[:] = 0
+        name = np.frombuffer(uuid.uuid4().bytes, dtype=np.int64).copy()
+        self._comm.Bcast(name)  # that of rank 0
+        self.name = name.tobytes().hex()
         self._comm.Barrier()
         self._ended = threading.Event()
         # A network without remote memory access serves others only while rank 0 is inside MPI.
@@ -216,7 +223,11 @@ def _initialised_mpi() -> Any:
     mpi4py.rc.finalize = False
     from mpi4py import MPI
 
-    MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    if MPI.Init_thread(MPI.THREAD_MULTIPLE) != MPI.THREAD_MULTIPLE:
+        raise UsageError(
+            "this MPI has no MPI_THREAD_MULTIPLE, which the processes of this step need; use "
+            "another, or let them share work by claims alone (srun --mpi=none)"
+        )
     return MPI
 
 

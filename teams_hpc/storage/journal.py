@@ -8,7 +8,8 @@ frame, at the end of a file whose writer was killed, is a batch that never was.
 Batches are a history: replayed in order they lead a unit to the very state its last writer was in,
 with the same requests pending in the same order. A writer that takes over names in its first frame
 which file it went on from and after how many batches (`parent`, `base`), so that files form a
-tree. One path through it is replayed: the longest, of equals the one whose name is the greatest.
+tree. One path through it is replayed: of those worth it the longest, of equals the one whose name
+is the greatest.
 Branches come about only when a holder that was thought dead writes on; they cost calls, which are
 counted, and nothing else.
 """
@@ -19,7 +20,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -231,15 +232,22 @@ def _parse_batch(value: Any, source: str) -> Batch:
     return Batch(role=value["role"], results=results, tokens=tokens, source=source)
 
 
-def history(journals: Sequence[Journal]) -> tuple[list[Batch], str]:
+def history(
+    journals: Sequence[Journal], is_of_use: Callable[[Sequence[Batch]], bool] = bool
+) -> tuple[list[Batch], str]:
     """The batches to replay, and the file whose last batch is the last of them.
+
+    Args:
+        journals: All files of a unit.
+        is_of_use: Whether a path's batches are worth a replay; the longest that is gets taken.
 
     Raises:
         CorruptFileError: A file goes on from batches that its parent has lost: damage, not a kill.
     """
     by_name = {journal.path.name: journal for journal in journals if journal.header}
     paths = {name: _path_to(name, by_name) for name in by_name}
-    best = max(paths, key=lambda name: (len(paths[name]), name), default="")
+    useful = (name for name in paths if is_of_use(paths[name]))
+    best = max(useful, key=lambda name: (len(paths[name]), name), default="")
     return (paths[best], best) if best else ([], "")
 
 

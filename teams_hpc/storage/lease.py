@@ -51,13 +51,14 @@ class Holder:
     job_start: str = ""
 
     @classmethod
-    def me(cls) -> "Holder":
+    def me(cls, token: str = "") -> "Holder":
+        """This process, with a token of its own if none is given."""
         return cls(
             host=socket.gethostname(),
             boot_id=_boot_id(),
             pid=os.getpid(),
             process_start=_process_start(os.getpid()) or "",
-            token=uuid.uuid4().hex,
+            token=token or uuid.uuid4().hex,
             job=os.environ.get("SLURM_JOB_ID", ""),
             job_start=os.environ.get("SLURM_RESTART_COUNT", "0"),
         )
@@ -103,22 +104,29 @@ class Lease:
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
-    def acquire(self) -> bool:
-        """Take the claim if it is free or stale; never waits."""
+    def acquire(self, token: str = "") -> bool:
+        """Take the claim if it is free or stale; never waits.
+
+        Args:
+            token: What tells this claim from all others, where others have to know it too; it must
+                never have been used before.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         found = read_holder(self.path)
         if found is not None:
             if not self._is_stale(*found):
                 return False
             self._remove(found[0])
-        holder = Holder.me()
+        holder = Holder.me(token)
         temporary = self._temporary(holder)
         try:
             temporary.write_text(self._content(holder), encoding="utf-8")
             os.link(temporary, self.path)
         except (FileExistsError, FileNotFoundError):
             # Taken; or who ends the stage cleared away what looked like a dead process's leftover.
-            return False
+            found = read_holder(self.path)
+            if found is None or found[0] != holder:  # NFS may refuse a link that it has just made
+                return False
         finally:
             temporary.unlink(missing_ok=True)
         self._holder = holder

@@ -132,9 +132,10 @@ def run(
     temperature: float = 0.7,
     verdict: Literal["generated", "likelihood"] = "generated",
     claim: Callable[[], None] = lambda: None,
+    log_type: type[MortalLog] = MortalLog,
 ) -> tuple[list[Row], UnitLog]:
     models = {"expert": "stub", "reviewer": "stub"}
-    log = MortalLog(folder, 0, "digest", models, left=left, dies_after=dies_after)
+    log = log_type(folder, 0, "digest", models, left=left, dies_after=dies_after)
     reviewer = Reviewer(judge, verdict, Ledger())
     digests = CallDigests.make(
         expert,
@@ -324,6 +325,54 @@ def test_an_engine_that_was_down_is_asked_anew(
     assert repr(found) == repr(quiet[0])
     errors = len(SEEDS) * STEPS
     assert log.usage().total("expert").calls == errors + sum("verdict" not in k for k in quiet[1])
+
+
+def test_after_an_outage_no_reply_is_asked_for_twice(
+    tmp_path: Path, quiet: tuple[list[Row], list[str]]
+) -> None:
+    run(tmp_path, Stub(is_down=True), Stub())
+    [outage] = journal_paths(tmp_path)
+    errors = {result.key for one in read_journal(outage).batches for result in one.results}
+    replies: set[str] = set()
+    for attempt in range(60):
+        expert = Stub()
+        found: list[Row] = []
+        try:
+            found, _ = run(tmp_path, expert, Stub(), left=4 + attempt // 8)
+        except Killed:
+            pass
+        assert not replies & set(expert.asked)
+        later = [read_journal(path) for path in journal_paths(tmp_path) if path != outage]
+        replies = {result.key for one in later for b in one.batches for result in b.results}
+        if found:
+            break
+    assert repr(found) == repr(quiet[0])
+    assert errors & replies
+    assert len(journal_paths(tmp_path)) > 3
+
+
+@pytest.mark.parametrize("role", ["expert", "reviewer"])
+def test_nothing_is_sent_if_the_unit_is_lost_while_it_is_announced(
+    tmp_path: Path, role: str
+) -> None:
+    class Slow(MortalLog):
+        """Its last fsync takes so long that another takes the unit over."""
+
+        def commit(self, batch: Batch | None, intents: Mapping[str, Sequence[str]]) -> None:
+            MortalLog.commit(self, batch, intents)
+            if intents.get(role):
+                is_lost.append(True)
+
+    def check() -> None:
+        if is_lost:
+            raise ClaimLost
+
+    is_lost: list[bool] = []
+    expert, judge = Stub(), Stub()
+    with pytest.raises(ClaimLost):
+        run(tmp_path, expert, judge, claim=check, log_type=Slow)
+    assert (expert if role == "expert" else judge).asked == []
+    assert is_lost
 
 
 def test_a_full_disk_stops_the_unit_and_it_goes_on_after(

@@ -39,8 +39,9 @@ class Run:
         found = self.queues[number].take(lambda: None, looks_anew=looks_anew)
         if isinstance(found, Claim):
             assert found.unit not in self.published
-            busy = (*self.working.values(), *self.publishing.values())
-            assert found.unit not in {claim.unit for claim in busy}
+            assert found.is_held()
+            claims = (*self.working.values(), *self.publishing.values())
+            assert found.unit not in {claim.unit for claim in claims if claim.is_held()}
             self.working[number] = found
         return found
 
@@ -54,8 +55,8 @@ class Run:
         self.queues[number].publishing = None
         if (claim := self.publishing.pop(number, None)) is None:
             return False
-        assert claim.is_held()
-        self.published.add(claim.unit)
+        if claim.is_held():
+            self.published.add(claim.unit)
         return True
 
     def stop(self, number: int) -> None:
@@ -69,16 +70,24 @@ class Run:
         """Leave all claims behind, as of a process that is gone, and start anew."""
         self.working.pop(number, None)
         self.publishing.pop(number, None)
-        for lease in self.queues[number]._held.values():
-            content = json.loads(lease.path.read_text())
-            content["holder"]["process_start"] = "long ago"
-            lease._stop.set()
-            lease.path.write_text(json.dumps(content))
+        self.seem_dead(number)
         self.queues[number] = self._queue(number)
+
+    def seem_dead(self, number: int) -> None:
+        """Leave the claims to whoever wants them, and know nothing of it."""
+        for lease in self.queues[number]._held.values():
+            if lease.is_held():
+                content = json.loads(lease.path.read_text())
+                content["holder"]["process_start"] = "long ago"
+                lease._stop.set()
+                lease.path.write_text(json.dumps(content))
 
 
 moves = st.lists(
-    st.tuples(st.integers(0, NUM_STEPS - 1), st.sampled_from(["work", "work", "stop", "die"])),
+    st.tuples(
+        st.integers(0, NUM_STEPS - 1),
+        st.sampled_from(["work", "work", "work", "stop", "die", "seem dead"]),
+    ),
     max_size=40,
 )
 
@@ -94,6 +103,8 @@ def test_every_unit_is_made_by_one_step_at_a_time(
             run.stop(number)
         elif move == "die":
             run.die(number)
+        elif move == "seem dead":
+            run.seem_dead(number)
         elif number in run.working:
             run.publish(number)
         else:
@@ -108,6 +119,24 @@ def test_every_unit_is_made_by_one_step_at_a_time(
         else:  # nobody else is left: there is nothing else to wait for
             assert run.await_publishing(0)
     assert run.published == set(range(num_units))
+
+
+def test_a_sleeper_takes_no_more_of_a_block_that_another_step_has_taken_over(
+    tmp_path: Path,
+) -> None:
+    run = Run(tmp_path, 200)
+    first = run.take(0)
+    assert isinstance(first, Claim)
+    run.seem_dead(0)
+    run.queues[1].first = 0
+    other = run.take(1)
+    assert isinstance(other, Claim)
+    assert other.path == first.path
+    assert not first.is_held()
+    found = run.take(0)
+    assert isinstance(found, Claim)
+    assert found.path != first.path
+    assert other.is_held()
 
 
 @given(num_units=st.integers(1, 10**6))

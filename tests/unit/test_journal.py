@@ -145,6 +145,22 @@ def test_history_goes_on_over_writers_and_takes_the_longest_branch(tmp_path: Pat
         one.close()
 
 
+def test_of_branches_that_are_worth_it_the_longest_is_taken(tmp_path: Path) -> None:
+    outage = writer(tmp_path, "a")
+    for key in ("down", "down again", "still down"):
+        outage.commit(batch(key), {})
+    first = writer(tmp_path, "b")
+    first.commit(batch("reply"), {})
+    second = writer(tmp_path, "c", parent=first.path.name, base=1)
+    second.commit(batch("down once more"), {})
+    journals = [read_journal(path) for path in journal_paths(tmp_path, 3)]
+    found, last = history(journals, lambda batches: ["reply"] in keys_of(list(batches)))
+    assert (keys_of(found), last) == ([["reply"], ["down once more"]], second.path.name)
+    assert history(journals, lambda batches: False) == ([], "")
+    for one in (outage, first, second):
+        one.close()
+
+
 def test_a_lost_parent_is_damage(tmp_path: Path) -> None:
     first = writer(tmp_path, "a")
     for key in ("1", "2"):
