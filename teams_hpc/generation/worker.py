@@ -46,7 +46,12 @@ from teams_hpc.runtime.metrics import Progress
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.runtime.ranks import read_ranks
 from teams_hpc.runtime.step import Step, joined_step
-from teams_hpc.storage.atomic import naming_disk_faults, read_json, remove_leftovers
+from teams_hpc.storage.atomic import (
+    fsync_folder,
+    naming_disk_faults,
+    read_json,
+    remove_leftovers,
+)
 from teams_hpc.storage.journal import journal_paths
 from teams_hpc.storage.lease import Lease
 from teams_hpc.storage.retry_folder import close_retry_folder
@@ -185,6 +190,7 @@ class _Worker:
         """Take units, starting at `first`, until all are published."""
         for folder in (self.run_dir.journal, self.run_dir.shards):
             folder.mkdir(parents=True, exist_ok=True)
+        fsync_folder(self.run_dir.generate)
         self._queue = UnitQueue(
             step=self.step,
             num_units=self.plan.num_units,

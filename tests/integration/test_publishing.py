@@ -32,17 +32,21 @@ from teams_hpc.storage.journal import unit_of
 from teams_hpc.storage.run_dir import RunDir, read_manifest
 from teams_hpc.storage.shards import Table
 
-# Publishing waits until the test lets it go on.
+# Publishing waits until the test lets it go on: before it begins, or once the file has its name.
 SLOW = """
-import time
+import sys, time
 from pathlib import Path
-from teams_hpc.generation import worker
-publish = worker.publish_unit
-def held(run_dir, log, *rest):
-    while (run_dir.root / "hold").exists():
-        time.sleep(0.01)
-    return publish(run_dir, log, *rest)
-worker.publish_unit = held
+from teams_hpc.generation import outcome, worker
+def held(real):
+    def wait(*words, **named):
+        while (Path(sys.argv[1]) / "hold").exists():
+            time.sleep(0.01)
+        return real(*words, **named)
+    return wait
+if (Path(sys.argv[1]) / "hold").read_text() == "before":
+    worker.publish_unit = held(worker.publish_unit)
+else:
+    outcome.PublishedLines.add = held(outcome.PublishedLines.add)
 """
 
 
@@ -53,9 +57,9 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, dict[str, A
     return run_dir, run(run_dir)
 
 
-def start_held(run_dir: RunDir) -> subprocess.Popen[str]:
+def start_held(run_dir: RunDir, when: str = "before") -> subprocess.Popen[str]:
     """A worker whose first unit is being published, and whose second one runs or has been run."""
-    (run_dir.root / "hold").touch()
+    (run_dir.root / "hold").write_text(when)
     process = subprocess.Popen(
         (sys.executable, "-c", SLOW + WORKER, str(run_dir.root), "0", "0.03", "0", "0"),
         stdout=subprocess.PIPE,
@@ -66,12 +70,13 @@ def start_held(run_dir: RunDir) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.parametrize(("when", "num_named"), [("before", 0), ("linked", 1)])
 def test_a_kill_while_a_unit_is_published_repeats_no_call_of_it(
-    quiet: tuple[RunDir, dict[str, Any]], tmp_path: Path
+    quiet: tuple[RunDir, dict[str, Any]], tmp_path: Path, when: str, num_named: int
 ) -> None:
     run_dir = make_run(tmp_path)
-    process = start_held(run_dir)
-    assert num_shards(run_dir) == 0
+    process = start_held(run_dir, when)
+    wait_until(lambda: num_shards(run_dir) == num_named, process)
     assert len(list(run_dir.leases.glob("block-*"))) == 2  # none is let go before it is published
     process.kill()
     outcomes([process])

@@ -253,3 +253,25 @@ def test_a_real_model_in_fixed_batches_gives_the_same_rows(
         assert manifest(run_dir)["exactness"] == "exact"
         found.append(manifest(run_dir)["units"])
     assert found[0] == found[1]
+
+
+def test_ranks_that_another_step_was_faster_than_end_together(tmp_path: Path) -> None:
+    """One finds the manifest there, the other looked a moment earlier: neither waits for ever."""
+    run_dir = make_run(tmp_path / "run")
+    code = (
+        """
+import os
+from teams_hpc.generation import worker
+look, looks = worker.read_manifest, []
+def read(run_dir, stage):
+    looks.append(stage)
+    is_second = os.environ["OMPI_COMM_WORLD_RANK"] == "1"
+    return {} if is_second and len(looks) == 1 else look(run_dir, stage)
+worker.read_manifest = read
+"""
+        + SLOW
+    )
+    done = run_ranks(2, "-c", code, str(run_dir.root), timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "MPI joined 2 processes" in done.stderr
+    assert run_dir.manifest("generate").exists()

@@ -28,9 +28,9 @@ def journal(run_dir: RunDir, unit: int, writer: str, done: int, doubtful: int) -
     return one.path.name
 
 
-def shard(run_dir: RunDir, unit: int, calls: int, journals: list[str]) -> None:
+def shard(run_dir: RunDir, unit: int, calls: int, in_doubt: int, journals: list[str]) -> None:
     ledger = Ledger()
-    ledger.of("expert", "m").add(Usage(calls=calls))
+    ledger.of("expert", "m").add(Usage(calls=calls, in_doubt=in_doubt))
     with TableWriter(run_dir.shard(unit), (Column("x", "int64"),), "unit") as writer:
         writer.append({"x": [1]})
         writer.close({"usage": ledger.to_json(), "journals": journals})
@@ -42,7 +42,7 @@ def test_every_call_is_counted_once_wherever_it_stands(tmp_path: Path) -> None:
     journal(run_dir, 1, "a", done=4, doubtful=2)
     journal(run_dir, 1, "b", done=3, doubtful=0)
     counted = journal(run_dir, 2, "c", done=5, doubtful=1)
-    shard(run_dir, 2, calls=9, journals=[counted])
+    shard(run_dir, 2, calls=9, in_doubt=0, journals=[counted])
     late = journal(run_dir, 2, "d", done=2, doubtful=1)
     assert late != counted
     found = {
@@ -55,34 +55,49 @@ def test_every_call_is_counted_once_wherever_it_stands(tmp_path: Path) -> None:
 
 
 moves = st.lists(
-    st.tuples(st.integers(0, 4), st.sampled_from(["finish", "die", "stop"]), st.integers(0, WORST)),
-    max_size=12,
+    st.tuples(
+        st.integers(0, 4),
+        st.sampled_from(["begin", "finish", "die", "stop"]),
+        st.integers(0, WORST),
+        st.integers(0, WORST),
+    ),
+    max_size=15,
 )
 
 
 @settings(max_examples=25, deadline=None)
 @given(moves=moves, limit=st.integers(0, 25))
 def test_whatever_units_do_the_limit_holds(
-    tmp_path_factory: pytest.TempPathFactory, moves: list[tuple[int, str, int]], limit: int
+    tmp_path_factory: pytest.TempPathFactory,
+    moves: list[tuple[int, str, int, int]],
+    limit: int,
 ) -> None:
+    """Several units at a time: what each may still ask for is counted before it asks."""
     run_dir = RunDir(tmp_path_factory.mktemp("run"))
     budgets = [Budget(run_dir, limit, 60.0) for _ in range(2)]
-    for number, (unit, move, calls) in enumerate(moves):
+    begun: set[int] = set()
+    for number, (unit, move, calls, doubtful) in enumerate(moves):
         budget = budgets[number % 2]
         if run_dir.shard(unit).exists():
             continue
-        before = budget.spent()
-        if not budget.reserve(unit, WORST):
-            assert budget.room is not None
-            assert budget.room < WORST
+        if unit not in begun:
+            before = budget.spent()
+            if not budget.reserve(unit, WORST):
+                assert budget.room is not None
+                assert budget.room < WORST
+                continue
+            assert before + WORST * (1 + len(begun)) <= limit
+            begun.add(unit)
+        if move == "begin":
             continue
-        assert before + WORST <= limit
-        name = journal(run_dir, unit, f"w{number}", done=calls, doubtful=0)
+        begun.remove(unit)
+        done = min(calls, WORST - doubtful)
+        name = journal(run_dir, unit, f"w{number}", done=done, doubtful=doubtful)
         if move == "finish":
-            total = UnitUsage(run_dir).read()[unit].total("expert").calls
+            total = UnitUsage(run_dir).read()[unit].total("expert")
             names = [path.name for path in run_dir.journal.glob(f"unit-{unit:05d}.*")]
             assert name in names
-            shard(run_dir, unit, total, names)
+            shard(run_dir, unit, total.calls, total.in_doubt, names)
         if move != "die":
             budget.give_back(unit)
         assert budgets[0].spent() == budgets[1].spent() <= limit

@@ -76,6 +76,24 @@ def test_a_claim_cleared_away_while_it_is_written_is_not_had(
         assert lease.acquire()
 
 
+def test_a_link_that_was_made_and_refused_is_a_claim_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS sends a link again whose reply was lost, and is told that the name is taken."""
+    link = os.link
+
+    def made_twice(temporary: Path, path: Path) -> None:
+        link(temporary, path)
+        link(temporary, path)
+
+    with monkeypatch.context() as patch, Lease(tmp_path / "claim") as lease:
+        patch.setattr("teams_hpc.storage.lease.os.link", made_twice)
+        assert lease.acquire()
+        assert lease.is_held()
+        assert not Lease(tmp_path / "claim").acquire()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_of_many_threads_one_gets_the_lease(tmp_path: Path) -> None:
     leases = [Lease(tmp_path / "run") for _ in range(8)]
     start = threading.Barrier(len(leases))
