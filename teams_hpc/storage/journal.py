@@ -14,6 +14,7 @@ Branches come about only when a holder that was thought dead writes on; they cos
 counted, and nothing else.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -349,7 +350,12 @@ class JournalWriter:
     @property
     def is_there(self) -> bool:
         """Whether the file still has its name; it loses it when another publishes the unit."""
-        return self._descriptor is None or os.fstat(self._descriptor).st_nlink > 0
+        try:
+            return self._descriptor is None or os.fstat(self._descriptor).st_nlink > 0
+        except OSError as error:
+            if error.errno == errno.ESTALE:  # NFS: another node has removed it
+                return False
+            raise
 
     def close(self) -> None:
         """Close the file; it stays."""

@@ -92,6 +92,24 @@ def test_what_is_committed_is_read_back_with_what_is_in_doubt(tmp_path: Path) ->
     one.close()
 
 
+def test_a_journal_that_another_node_has_removed_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(descriptor: int) -> os.stat_result:
+        raise OSError(code, os.strerror(code))
+
+    one = writer(tmp_path, "a")
+    one.commit(None, {"expert": ["k1"]})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", stale)
+        code = errno.ESTALE
+        assert not one.is_there
+        code = errno.EIO
+        with pytest.raises(OSError, match="Input/output"):
+            _ = one.is_there
+    one.close()
+
+
 def test_one_commit_is_one_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = os.fdatasync
