@@ -4,7 +4,8 @@
 
 Seeds are synthetic, one in ten a near-duplicate of an earlier one; the expert is the grammar
 (`template`), so that the suite's own work is what is timed. Every step is a process of its own and
-peak memory is the resident set the kernel reports for it, mapped files included.
+peak memory is the resident set the kernel reports for it, mapped files included. What the passes of
+the data set take, the comparing of near-duplicates among them, is read off its progress file.
 
 Scans are timed on a run of 10,000 units of which one is still to be made; nearly all its unit files
 are copies of a real one. `restart` is a worker that finds what is done, makes the last unit and
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,6 +39,8 @@ from teams_hpc.storage.shards import Table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+_LOOK_S = 0.25
+_HAS_ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 FRAMES = (
     "Explain how {} changes {} when {} is near {} and {}.",
     "List {} uses of {} that a {} from {} would name first.",
@@ -98,8 +102,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "HDF5_USE_FILE_LOCKING": "FALSE"}
 
 
-def measured(words: Sequence[str], log: Path) -> dict[str, Any]:
+def measured(words: Sequence[str], log: Path, progress: Path | None = None) -> dict[str, Any]:
     """Run one `teams-hpc` command: seconds, CPU seconds, peak resident MiB.
+
+    Args:
+        words: The command.
+        log: Where its output goes.
+        progress: A file that says what it is at; then also the seconds of each of its passes.
 
     Raises:
         RuntimeError: It failed.
@@ -112,6 +121,12 @@ def measured(words: Sequence[str], log: Path) -> dict[str, Any]:
             stderr=output,
             env=environment(),
         )
+        passes: Counter[str] = Counter()
+        while progress is not None and not os.waitid(os.P_PID, process.pid, _HAS_ENDED):
+            time.sleep(_LOOK_S)
+            if progress.exists():
+                message = json.loads(progress.read_text(encoding="utf-8"))["message"]
+                passes[message.partition(":")[0]] += 1
         _, state, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(state)
     if process.returncode:
@@ -120,6 +135,7 @@ def measured(words: Sequence[str], log: Path) -> dict[str, Any]:
         "seconds": round(time.monotonic() - start, 2),
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
         "peak_mib": round(used.ru_maxrss / 1024, 1),
+        **({"passes_s": {at: round(_LOOK_S * n, 1) for at, n in passes.items()}} if passes else {}),
     }
 
 
@@ -128,7 +144,8 @@ def measure(run_dir: RunDir, log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     run = str(run_dir.root)
     for stage in ("generate", "dataset"):
         if not run_dir.manifest(stage).exists():
-            yield stage, measured(("stage", stage, run), log)
+            progress = run_dir.progress(stage) if stage == "dataset" else None
+            yield stage, measured(("stage", stage, run), log, progress)
     yield "status", measured(("status", run), log)
     yield "inspect a unit", measured(("inspect", str(run_dir.shard(0))), log)
     yield "inspect dataset.h5", measured(("inspect", str(run_dir.dataset_rows)), log)
