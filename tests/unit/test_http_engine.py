@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import threading
 import time
 from base64 import b64encode
@@ -15,9 +16,11 @@ import pytest
 from chat_server import ChatServer, chat_server
 
 from teams_hpc.config import HttpEngineConfig
+from teams_hpc.config.schema import HttpReviewerConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Message, Request, Task, complete_all
 from teams_hpc.llm.http_engine import HttpEngine, _parse, _pause_s, _Retry, _seconds
+from teams_hpc.llm.load import load_engines
 
 TASK = Task(kind="answer", instruction="")
 KEY = "sk-very-secret-4711"
@@ -48,7 +51,9 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 @contextmanager
 def engine_for(server: ChatServer, **values: Any) -> Iterator[HttpEngine]:
     values = {"max_concurrency": 4, "timeout_s": 5.0} | values
-    engine = HttpEngine(HttpEngineConfig(base_url=server.url, model="m", **values))
+    is_limited = values.pop("is_limited", False)
+    config = HttpEngineConfig(base_url=server.url, model="m", **values)
+    engine = HttpEngine(config, is_limited=is_limited)
     try:
         yield engine
     finally:
@@ -66,6 +71,90 @@ def test_every_request_is_answered_once_whatever_the_server_does() -> None:
     assert {(c.finish_reason, c.prompt_tokens, c.completion_tokens) for c in done} == {
         ("stop", 7, 3)
     }
+    num_refused = sum(faults[number % 10].isdigit() for number in range(80))
+    assert len(server.bodies) - num_refused == sum(1 + c.lost for c in done)
+
+
+LOST = ("torn", "drop", "wrong", "gzip", "drip", "slow")
+
+
+def misbehaving(*what: str) -> ChatServer:
+    """Does one after the other, and then as it should; `slow` is later than any test waits."""
+
+    def behave(number: int) -> str:
+        one = what[number] if number < len(what) else "ok"
+        if one != "slow":
+            return one
+        time.sleep(1.0)
+        return "ok"
+
+    return ChatServer(behave=behave)
+
+
+@pytest.mark.parametrize(
+    ("what", "finish_reason", "lost"),
+    [
+        (("429", "500", "503"), "stop", 0),
+        (LOST, "stop", 6),
+        (("drop", "429", "wrong"), "stop", 2),
+        (("500",) * 9, "error", 0),
+        (("500", "torn", *("500",) * 7), "error", 0),
+        (("torn",) * 9, "error", 6),
+        (("wrong", "400"), "error", 0),
+        (("wrong", "torn", "400"), "error", 1),
+    ],
+    ids=["refused", "lost", "both", "always refused", "lost once", "always lost", "400", "twice"],
+)
+def test_a_call_says_how_often_else_it_may_have_been_made(
+    what: tuple[str, ...], finish_reason: str, lost: int
+) -> None:
+    server = misbehaving(*what)
+    with chat_server(server), engine_for(server, timeout_s=0.5, max_retries=6) as engine:
+        (done,) = complete_all(engine, requests(1))
+    assert (done.finish_reason, done.lost) == (finish_reason, lost)
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_under_a_limit_a_call_that_may_have_been_made_is_not_made_again(what: str) -> None:
+    server = misbehaving("429", what)
+    limits = {"is_limited": True, "timeout_s": 0.5, "max_retries": 6}
+    with chat_server(server), engine_for(server, **limits) as engine:
+        (done,) = complete_all(engine, requests(1))
+        wait_until(lambda: len(server.bodies) == 2)
+    assert (done.finish_reason, done.text, done.lost) == ("error", "", 0)
+    assert done.error.endswith(
+        "; the call may have been made and paid for, and is not made again because "
+        "budget.max_expert_calls is set; generate.retry_failed=true makes it again"
+    )
+
+
+@pytest.mark.parametrize(("scheme", "lost"), [("http", 2), ("https", 0)])
+def test_a_request_that_found_no_connection_is_not_lost(scheme: str, lost: int) -> None:
+    """A port that nobody answers on: a connection can be had there, an encrypted one can't."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        far = ChatServer(url=f"{scheme}://127.0.0.1:{silent.getsockname()[1]}/v1")
+        with engine_for(far, timeout_s=0.3, max_retries=2) as engine:
+            (done,) = complete_all(engine, requests(1))
+        assert (done.finish_reason, done.lost) == ("error", lost)
+        with engine_for(far, timeout_s=0.3, max_retries=2, is_limited=True) as engine:
+            (done,) = complete_all(engine, requests(1))
+    assert ("3 attempts" in done.error) == (lost == 0)
+
+
+def test_what_is_one_engine_with_a_limited_one_is_limited_too() -> None:
+    expert = HttpEngineConfig(base_url="http://x/v1", model="m")
+    same = HttpReviewerConfig(base_url="http://x/v1", model="m")
+    other = HttpReviewerConfig(base_url="http://x/v1", model="other")
+
+    def limits(*configs: HttpEngineConfig, limited: HttpEngineConfig | None) -> list[bool]:
+        engines = load_engines(*configs, limited=limited)
+        for engine in engines:
+            engine.close()
+        return [engine._is_limited for engine in engines]  # type: ignore[attr-defined]
+
+    assert limits(expert, other, limited=expert) == [True, False]
+    assert limits(same, expert, limited=expert) == [True, True]
+    assert limits(expert, same, limited=None) == [False, False]
 
 
 def test_no_more_calls_at_a_time_than_allowed() -> None:
@@ -239,9 +328,11 @@ def test_retries_end_and_say_so() -> None:
 def test_nobody_there_is_an_error_completion_not_a_hang() -> None:
     with chat_server(ChatServer()) as gone:
         pass
-    with engine_for(gone, max_retries=1, timeout_s=1.0) as engine:
+    with engine_for(gone, max_retries=1, timeout_s=1.0, is_limited=True) as engine:
         (done,) = complete_all(engine, requests(1))
     assert "no reply from" in done.error
+    assert "2 attempts" in done.error
+    assert done.lost == 0
 
 
 def test_a_slow_server_times_out_and_is_asked_again() -> None:
