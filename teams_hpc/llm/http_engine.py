@@ -11,6 +11,7 @@ import json
 import math
 import os
 import queue
+import re
 import ssl
 import threading
 import urllib.request
@@ -46,6 +47,7 @@ _NOT_REPEATED = (
     "the call may have been made and paid for, and is not made again because "
     "budget.max_expert_calls is set; generate.retry_failed=true makes it again"
 )
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -392,6 +394,8 @@ def _parse(request: Request, content: bytes) -> Completion:
             text = ""  # a filter, or a model that only thought: a whole reply, and paid for
         if not isinstance(text, str):
             raise TypeError("content is not text")
+        if not text.isascii():  # JSON may hold half a surrogate pair; UTF-8 can't
+            text = _LONE_SURROGATE.sub("\ufffd", text)
         return Completion(
             id=request.id,
             text=text,

@@ -446,6 +446,22 @@ def test_a_whole_reply_without_content_is_empty_and_not_asked_again() -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (rb"a \ud83d b \ude00", "a \ufffd b \ufffd"),
+        (b"a \xed\xa0\xbd b", "a \ufffd b"),
+        (rb"\ud83d\ude00 \u00e9", "\U0001f600 é"),
+    ],
+    ids=["escaped", "as bytes", "whole"],
+)
+def test_half_a_surrogate_pair_in_a_reply_is_replaced(content: bytes, text: str) -> None:
+    reply = b'{"choices": [{"message": {"content": "%s"}}]}' % content
+    completion = _parse(requests(1)[0], reply)
+    assert completion.text == text
+    assert completion.text.encode().decode() == text
+
+
+@pytest.mark.parametrize(
     "content",
     [
         b"",
