@@ -173,19 +173,24 @@ def test_connections_are_kept_for_the_calls_that_follow() -> None:
 
 
 def test_a_step_returns_all_that_is_there_and_what_ends_together_wakes_it_once() -> None:
-    reply, go_on = threading.Event(), threading.Event()
+    reply, stands, go_on = threading.Event(), threading.Event(), threading.Event()
     server = ChatServer()
 
     def behave(number: int) -> str:
         reply.wait(timeout=10)
         return "ok"
 
+    def stand_still() -> None:
+        stands.set()
+        go_on.wait(timeout=10)
+
     server.behave = behave
     with chat_server(server), engine_for(server, max_concurrency=8) as engine:
         for request in requests(8):
             engine.add(request)
         wait_until(lambda: len(server.bodies) == 8)
-        engine._loop.call_soon_threadsafe(go_on.wait, 10)
+        engine._loop.call_soon_threadsafe(stand_still)
+        assert stands.wait(timeout=10)
         reply.set()
         wait_until(lambda: len(server.answered) == 8 and server._now == 0)
         go_on.set()
