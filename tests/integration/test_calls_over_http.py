@@ -18,7 +18,7 @@ from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.run_dir import RunDir, read_manifest
 
 FAULTS = ("ok", "wrong", "ok", "drop", "429", "ok", "torn", "500", "ok", "slow")
-TIMEOUT_S = 1.0
+TIMEOUT_S = 1.5
 
 
 @pytest.fixture(autouse=True)

@@ -85,7 +85,7 @@ def misbehaving(*what: str) -> ChatServer:
         one = what[number] if number < len(what) else "ok"
         if one != "slow":
             return one
-        time.sleep(1.0)
+        time.sleep(2.0)
         return "ok"
 
     return ChatServer(behave=behave)
@@ -109,7 +109,7 @@ def test_a_call_says_how_often_else_it_may_have_been_made(
     what: tuple[str, ...], finish_reason: str, lost: int
 ) -> None:
     server = misbehaving(*what)
-    with chat_server(server), engine_for(server, timeout_s=0.5, max_retries=6) as engine:
+    with chat_server(server), engine_for(server, timeout_s=1.0, max_retries=6) as engine:
         (done,) = complete_all(engine, requests(1))
     assert (done.finish_reason, done.lost) == (finish_reason, lost)
 
@@ -117,7 +117,7 @@ def test_a_call_says_how_often_else_it_may_have_been_made(
 @pytest.mark.parametrize("what", LOST)
 def test_under_a_limit_a_call_that_may_have_been_made_is_not_made_again(what: str) -> None:
     server = misbehaving("429", what)
-    limits = {"is_limited": True, "timeout_s": 0.5, "max_retries": 6}
+    limits = {"is_limited": True, "timeout_s": 1.0, "max_retries": 6}
     with chat_server(server), engine_for(server, **limits) as engine:
         (done,) = complete_all(engine, requests(1))
         wait_until(lambda: len(server.bodies) == 2)
@@ -133,10 +133,10 @@ def test_a_request_that_found_no_connection_is_not_lost(scheme: str, lost: int) 
     """A port that nobody answers on: a connection can be had there, an encrypted one can't."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         far = ChatServer(url=f"{scheme}://127.0.0.1:{silent.getsockname()[1]}/v1")
-        with engine_for(far, timeout_s=0.3, max_retries=2) as engine:
+        with engine_for(far, timeout_s=0.8, max_retries=2) as engine:
             (done,) = complete_all(engine, requests(1))
         assert (done.finish_reason, done.lost) == ("error", lost)
-        with engine_for(far, timeout_s=0.3, max_retries=2, is_limited=True) as engine:
+        with engine_for(far, timeout_s=0.8, max_retries=2, is_limited=True) as engine:
             (done,) = complete_all(engine, requests(1))
     assert ("3 attempts" in done.error) == (lost == 0)
 
