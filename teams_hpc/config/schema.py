@@ -104,7 +104,10 @@ class HttpEngineConfig(EngineBase):
     api_key_env: str | None = Field(None, description="environment variable holding the key")
     max_concurrency: Count = Field(64, description="most requests in flight")
     timeout_s: Positive = Field(120.0, description="limit of one attempt")
-    max_retries: CountOrZero = Field(6, description="repeats after 429, 5xx or a lost connection")
+    max_retries: CountOrZero = Field(
+        6,
+        description="repeats after 429, 5xx or no connection; lost calls too, unless on a budget",
+    )
 
 
 EngineConfig = Annotated[
@@ -287,7 +290,10 @@ class EvaluateConfig(Section):
 class BudgetConfig(Section):
     """A brake on spending, and prices to foretell it; not part of the data's identity."""
 
-    max_expert_calls: CountOrZero | None = Field(None, description="null: no limit")
+    max_expert_calls: CountOrZero | None = Field(
+        None,
+        description="null: no limit; with one, no call over http is repeated that may be paid for",
+    )
     price_per_million_prompt_tokens: NotNegative | None = Field(
         None, description="dollars, for `forecast`: tokens read by models behind http"
     )

@@ -31,7 +31,7 @@ from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.journal import Batch, Result, Tokens
 
 _DIGEST_BYTES = 16
-_COMPLETION_VALUES = Completion._fields[1:]  # all but the id
+_COMPLETION_VALUES = Completion._fields[1:-1]  # all but the id, and `lost`, which a batch sums up
 
 
 class ClaimLost(Exception):
@@ -151,12 +151,13 @@ class Calls:
         for completion in completions:
             self._in_flight.discard(completion.id)
             digest = self.digests.of_request(self._pending.pop(completion.id))
-            value = dict(zip(_COMPLETION_VALUES, completion[1:], strict=True))
+            value = dict(zip(_COMPLETION_VALUES, completion[1:-1], strict=True))
             results.append(Result(completion.id, digest, value))
         tokens = Tokens(
             calls=len(completions),
             prompt_tokens=sum(completion.prompt_tokens for completion in completions),
             completion_tokens=sum(completion.completion_tokens for completion in completions),
+            lost=sum(completion.lost for completion in completions),
         )
         self._uncommitted = Batch(role="expert", results=tuple(results), tokens=tokens)
         return completions
@@ -199,6 +200,7 @@ class Calls:
             calls=len(judged),
             prompt_tokens=spent.prompt_tokens,
             completion_tokens=spent.completion_tokens,
+            lost=spent.in_doubt,
         )
         self._uncommitted = Batch(role="reviewer", results=results, tokens=tokens)
         return judged

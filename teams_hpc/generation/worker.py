@@ -129,7 +129,8 @@ class _Equipment:
     @classmethod
     def load(cls, run_dir: RunDir, config: Config) -> "_Equipment":
         guide = Guide.load(run_dir, config)
-        expert, reviewer = load_engines(config.expert, config.reviewer)
+        limited = None if config.budget.max_expert_calls is None else config.expert
+        expert, reviewer = load_engines(config.expert, config.reviewer, limited=limited)
         if expert is reviewer and config.reviewer.verdict == "generated":
             expert, reviewer = share_engine(expert)
         elif expert is not reviewer and (slots := _slots_to_refill(config.expert)) is not None:

@@ -70,6 +70,10 @@ class Completion(NamedTuple):
 
     `finish_reason` is `length` if it was cut off at `max_tokens`, `error` if the engine gave up on
     this request (then `error` says why and `text` is empty; other requests are not affected).
+
+    `lost` are further tries of this call that the server may have worked on, though no usable reply
+    came. The call itself counts as one, with an error too: so it was, or may have been, made
+    `1 + lost` times, and a call that ended with its only lost try has none.
     """
 
     id: str
@@ -78,6 +82,7 @@ class Completion(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     error: str = ""
+    lost: int = 0
 
 
 class ScoreRequest(NamedTuple):

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import queue
+import re
 import ssl
 import threading
 import urllib.request
@@ -33,15 +34,35 @@ _LONGEST_PAUSE_S = 60.0
 _LONGEST_ASKED_S = 600.0
 _KEPT_OPEN_S = 4.0
 """An idle connection; many servers close theirs after 5 s, and a request on it then is lost."""
+_LONGEST_CONNECT_S = 30.0
+_NEVER_SENT = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ClientHttpProxyError,
+    aiohttp.ConnectionTimeoutError,
+    aiohttp.InvalidURL,
+    UnicodeError,  # no name of a host
+)
+"""There was no connection to send the request on; with any other fault it may have arrived."""
+_NOT_REPEATED = (
+    "the call may have been made and paid for, and is not made again because "
+    "budget.max_expert_calls is set; generate.retry_failed=true makes it again"
+)
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 class _Retry(Exception):
-    """This attempt failed in a way that may pass."""
+    """This attempt failed in a way that may pass.
 
-    def __init__(self, why: str, after_s: float | None = None) -> None:
+    Attributes:
+        after_s: What the server asks to wait.
+        is_lost: The server may have worked on it all the same, and it may have been paid for.
+    """
+
+    def __init__(self, why: str, after_s: float | None = None, *, is_lost: bool = False) -> None:
         super().__init__(why)
         self.after_s = after_s
+        self.is_lost = is_lost
 
 
 class HttpEngine:
@@ -49,14 +70,17 @@ class HttpEngine:
 
     Args:
         config: Server, model and limits.
+        is_limited: Calls are under a limit, which repeats of lost ones would exceed: such a call
+            ends as an error. What the server refuses is repeated all the same: nothing was made.
 
     Raises:
         EngineError: The environment variable for the key is not set or holds no key, or the
             address is none.
     """
 
-    def __init__(self, config: HttpEngineConfig) -> None:
+    def __init__(self, config: HttpEngineConfig, *, is_limited: bool = False) -> None:
         self._config = config
+        self._is_limited = is_limited
         self._url = _chat_url(config.base_url)
         self._server = self._url.raw_authority
         self._key = _read_key(config.api_key_env)
@@ -143,8 +167,11 @@ class HttpEngine:
             connector=aiohttp.TCPConnector(
                 limit=config.max_concurrency, keepalive_timeout=_KEPT_OPEN_S, ssl=_authorities()
             ),
-            # For the whole call: a server that drips would never be over.
-            timeout=aiohttp.ClientTimeout(total=config.timeout_s),
+            # In total, since a server that drips would never be over. Connecting has less, so that
+            # a server that can't be reached isn't taken for one that doesn't answer.
+            timeout=aiohttp.ClientTimeout(
+                total=config.timeout_s, connect=min(_LONGEST_CONNECT_S, config.timeout_s / 2)
+            ),
         )
 
     async def _shut(self) -> None:
@@ -178,15 +205,20 @@ class HttpEngine:
         self._ended = []
 
     async def _with_retries(self, request: Request) -> Completion:
+        num_lost = 0
         for attempt in range(self._config.max_retries + 1):
             try:
-                return await self._attempt(request)
+                return _with_lost(await self._attempt(request), num_lost)
             except _Retry as failure:
                 reason = str(failure)
+                num_lost += failure.is_lost
+                if failure.is_lost and self._is_limited:
+                    return _failed(request, f"{reason}; {_NOT_REPEATED}")
                 if attempt < self._config.max_retries:
                     await asyncio.sleep(_pause_s(request.seed, attempt, failure.after_s))
         tries = self._config.max_retries + 1
-        return _failed(request, f"{reason} ({tries} attempts; max_retries allows more)")
+        failed = _failed(request, f"{reason} ({tries} attempts; max_retries allows more)")
+        return _with_lost(failed, num_lost)
 
     async def _attempt(self, request: Request) -> Completion:
         """One call.
@@ -204,17 +236,25 @@ class HttpEngine:
             "top_p": config.top_p,
             "seed": request.seed % 2**31,
         }
+        status = 200  # until it is known
         try:
             async with self._session.post(
                 self._url, json=body, allow_redirects=False, **self._options
             ) as reply:
+                status = reply.status
                 content = await reply.read()
+        except _NEVER_SENT as error:
+            raise _Retry(self._no_reply(error)) from None
         except TimeoutError:
-            raise _Retry(f"no reply from {self._server} in {config.timeout_s:g} s") from None
-        except (aiohttp.ClientError, UnicodeError) as error:  # the latter: no name of a host
-            what = self._hidden(str(error)) or type(error).__name__
-            raise _Retry(f"no reply from {self._server}: {what}") from None
-        return self._read(request, reply.status, reply.headers, content)
+            why = f"no reply from {self._server} in {config.timeout_s:g} s"
+            raise _Retry(why, is_lost=status < 400) from None
+        except aiohttp.ClientError as error:
+            raise _Retry(self._no_reply(error), is_lost=status < 400) from None
+        return self._read(request, status, reply.headers, content)
+
+    def _no_reply(self, error: Exception) -> str:
+        what = self._hidden(str(error)) or type(error).__name__
+        return f"no reply from {self._server}: {what}"
 
     def _read(
         self, request: Request, status: int, headers: Mapping[str, str], content: bytes
@@ -337,6 +377,13 @@ def _failed(request: Request, why: str) -> Completion:
     )
 
 
+def _with_lost(completion: Completion, num_lost: int) -> Completion:
+    """Say of a completion how many tries were lost; of an error, one of them is the call itself."""
+    if completion.finish_reason == "error":
+        num_lost -= 1
+    return completion._replace(lost=num_lost) if num_lost > 0 else completion
+
+
 def _parse(request: Request, content: bytes) -> Completion:
     try:
         value = json.loads(content)
@@ -347,6 +394,8 @@ def _parse(request: Request, content: bytes) -> Completion:
             text = ""  # a filter, or a model that only thought: a whole reply, and paid for
         if not isinstance(text, str):
             raise TypeError("content is not text")
+        if not text.isascii():  # JSON may hold half a surrogate pair; UTF-8 can't
+            text = _LONE_SURROGATE.sub("\ufffd", text)
         return Completion(
             id=request.id,
             text=text,
@@ -362,4 +411,4 @@ def _parse(request: Request, content: bytes) -> Completion:
         ArithmeticError,
         RecursionError,
     ) as error:
-        raise _Retry(f"a reply that is no chat completion: {error}") from None
+        raise _Retry(f"a reply that is no chat completion: {error}", is_lost=True) from None

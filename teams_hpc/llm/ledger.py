@@ -2,14 +2,15 @@
 
 The ledger has no file of its own to fall out of step: every durable result (a policy iteration, a
 generated unit, a manifest) carries the usage that made it, and `status`, the budget and the report
-add those up. A call that was sent but whose result was not made durable is `in_doubt`.
+add those up. A call that was sent but whose result was not made durable is `in_doubt`, and so is a
+try that the server may have worked on though no usable reply came (`Completion.lost`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from teams_hpc.llm.base import RoleName
+from teams_hpc.llm.base import Completion, RoleName
 
 WIZARDLM_CALLS = 624_000
 """52,000 Alpaca seeds x 4 rounds x 3 calls (facts: second-hand, see docs/method.md)."""
@@ -29,6 +30,13 @@ class Usage:
         self.prompt_tokens += other.prompt_tokens
         self.completion_tokens += other.completion_tokens
         self.in_doubt += other.in_doubt
+
+    def count(self, completions: Sequence[Completion]) -> None:
+        """Add what a batch of completions cost."""
+        self.calls += len(completions)
+        self.prompt_tokens += sum(completion.prompt_tokens for completion in completions)
+        self.completion_tokens += sum(completion.completion_tokens for completion in completions)
+        self.in_doubt += sum(completion.lost for completion in completions)
 
     def as_dict(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in Usage.__slots__}

@@ -13,8 +13,12 @@ from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import EmbeddingEngine, Engine
 
 
-def load_engine(config: EngineConfig | ReviewerConfig) -> Engine:
+def load_engine(config: EngineConfig | ReviewerConfig, *, is_limited: bool = False) -> Engine:
     """Build the engine that `config` names; imports torch only where it is needed.
+
+    Args:
+        config: The engine's settings.
+        is_limited: Its calls are under a limit, so that it may make none twice.
 
     Raises:
         EngineError: The model can't be loaded; the message says what to change.
@@ -30,7 +34,7 @@ def load_engine(config: EngineConfig | ReviewerConfig) -> Engine:
     if isinstance(config, HttpEngineConfig):
         from teams_hpc.llm.http_engine import HttpEngine
 
-        return HttpEngine(config)
+        return HttpEngine(config, is_limited=is_limited)
     from teams_hpc.llm.template_engine import TemplateEngine
 
     return TemplateEngine(config)
@@ -50,13 +54,23 @@ def as_embedding_engine(engine: Engine) -> EmbeddingEngine:
     return cast(EmbeddingEngine, engine)
 
 
-def load_engines(*configs: EngineConfig | ReviewerConfig) -> list[Engine]:
-    """Load several engines; those whose settings are equal (but for `verdict`) are one."""
+def load_engines(
+    *configs: EngineConfig | ReviewerConfig, limited: EngineConfig | None = None
+) -> list[Engine]:
+    """Load several engines; those whose settings are equal (but for `verdict`) are one.
+
+    Args:
+        configs: The engines' settings.
+        limited: Those whose calls are under a limit, with all that are one engine with it.
+    """
+    keys = [_settings(config) for config in configs]
+    key_limited = None if limited is None else _settings(limited)
     loaded: dict[str, Engine] = {}
-    engines = []
-    for config in configs:
-        key = config.model_dump_json(exclude={"verdict"})
+    for key, config in zip(keys, configs, strict=True):
         if key not in loaded:
-            loaded[key] = load_engine(config)
-        engines.append(loaded[key])
-    return engines
+            loaded[key] = load_engine(config, is_limited=key == key_limited)
+    return [loaded[key] for key in keys]
+
+
+def _settings(config: EngineConfig | ReviewerConfig) -> str:
+    return config.model_dump_json(exclude={"verdict"})

@@ -146,10 +146,7 @@ class World:
             for number, (episode, operation) in enumerate(zip(episodes, operations, strict=True))
         ]
         completions = complete_all(self.instructor, requests)
-        usage = self.ledger.of("instructor", self.instructor.content_id)
-        usage.calls += len(completions)
-        usage.prompt_tokens += sum(completion.prompt_tokens for completion in completions)
-        usage.completion_tokens += sum(completion.completion_tokens for completion in completions)
+        self.ledger.of("instructor", self.instructor.content_id).count(completions)
         if all(completion.finish_reason == "error" for completion in completions):
             raise EngineError(
                 f"the instructor failed on all {len(completions)} requests of a step: "
@@ -216,7 +213,7 @@ class World:
         )
 
     def most_calls(self, num_episodes: int) -> Ledger:
-        """Upper bound of the calls of whole episodes, as calls in doubt."""
+        """Upper bound of the calls of whole episodes, each sent once, as calls in doubt."""
         length = self.settings.episode_length
         num_pairs = length * (length + 1) // 2 if self._compares_all else length
         bound = Ledger()

@@ -159,10 +159,7 @@ class Reviewer:
             for number, pair in enumerate(pairs)
         ]
         completions = complete_all(self.engine, requests)
-        usage = self.ledger.of("reviewer", self.engine.content_id)
-        usage.calls += len(completions)
-        usage.prompt_tokens += sum(completion.prompt_tokens for completion in completions)
-        usage.completion_tokens += sum(completion.completion_tokens for completion in completions)
+        self.ledger.of("reviewer", self.engine.content_id).count(completions)
         return [_verdict_of_completion(completion) for completion in completions]
 
 

@@ -56,11 +56,12 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """Calls and tokens of a batch."""
+    """Calls and tokens of a batch; `lost` are further tries, without a usable reply."""
 
     calls: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    lost: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,7 @@ class Header:
 
 @dataclass(slots=True, kw_only=True)
 class Spent:
-    """What one writer asked of one role: results it made durable, requests without one."""
+    """What one writer asked of one role: results it made durable, requests and tries without."""
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -125,7 +126,7 @@ def _count(
         one.calls += batch.tokens.calls
         one.prompt_tokens += batch.tokens.prompt_tokens
         one.completion_tokens += batch.tokens.completion_tokens
-        one.in_doubt -= len(batch.results)
+        one.in_doubt += batch.tokens.lost - len(batch.results)
 
 
 def _checksum(length: bytes, payload: bytes) -> bytes:
@@ -229,7 +230,12 @@ def _parse_header(value: Any) -> Header:
 def _parse_batch(value: Any, source: str) -> Batch:
     results = tuple(Result(key=key, digest=d, value=v) for key, d, v in value["results"])
     calls, prompt_tokens, completion_tokens = value["tokens"]
-    tokens = Tokens(calls=calls, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+    tokens = Tokens(
+        calls=calls,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        lost=value.get("lost", 0),
+    )
     return Batch(role=value["role"], results=results, tokens=tokens, source=source)
 
 
@@ -327,6 +333,8 @@ class JournalWriter:
                 "results": batch.results,
                 "tokens": [tokens.calls, tokens.prompt_tokens, tokens.completion_tokens],
             }
+            if tokens.lost:
+                value["lost"] = tokens.lost
         with naming_disk_faults(self.path):
             self._append(frame(value))
         _count(self.spent, self.header.models, batch, announced)

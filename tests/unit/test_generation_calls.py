@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,6 +220,38 @@ def test_killed_at_any_commit_it_repeats_no_durable_call(
         assert {key for key in asked if asked.count(key) > 1} <= doubted
         usage = log.usage()
         assert usage.total("expert").calls + usage.total("reviewer").calls == len(keys)
+
+
+@pytest.mark.parametrize("dies_after", [False, True])
+@pytest.mark.parametrize("kill_at", [2, 5, 8])
+def test_lost_tries_are_counted_once_over_kills_and_change_nothing_else(
+    tmp_path: Path, quiet: tuple[list[Row], list[str]], kill_at: int, dies_after: bool
+) -> None:
+    def num_lost(key: str) -> int:
+        return zlib.crc32(key.encode()) % 3
+
+    class Losing(Stub):
+        def step(self) -> list[Completion]:
+            return [one._replace(lost=num_lost(one.id)) for one in Stub.step(self)]
+
+    for attempt in range(2):
+        with pytest.raises(Killed):
+            run(tmp_path, Losing(), Losing(), left=kill_at + attempt, dies_after=dies_after)
+    rows, log = run(tmp_path, Losing(), Losing())
+    assert repr(rows) == repr(quiet[0])
+    done, _ = done_and_doubted(tmp_path)
+    assert sorted(done) == quiet[1]
+    journals = [read_journal(path) for path in journal_paths(tmp_path)]
+    for role in ("expert", "reviewer"):
+        is_verdict = role == "reviewer"
+        lost = [num_lost(key) for key in done if ("verdict" in key) == is_verdict]
+        without_result = [key for one in journals for key in one.in_doubt]
+        usage = log.usage().total(role)  # type: ignore[arg-type]
+        assert usage.calls == len(lost)
+        assert sum(lost) > 0
+        assert usage.in_doubt - sum(lost) == sum(
+            ("verdict" in key) == is_verdict for key in without_result
+        )
 
 
 def test_fixed_batches_are_formed_again_after_a_kill(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_only_batches_that_may_change_are_formed_early(
     )
     first = Gated()
     engines: list[Engine] = [first, first if is_shared else Gated()]  # type: ignore[list-item]
-    monkeypatch.setattr(worker, "load_engines", lambda *_: engines)
+    monkeypatch.setattr(worker, "load_engines", lambda *_, **__: engines)
     equipment = worker._Equipment.load(RunDir(tmp_path), config)
     assert isinstance(equipment.expert, EngineAhead) == is_ahead
     equipment.close()

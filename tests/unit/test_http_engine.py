@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import threading
 import time
 from base64 import b64encode
@@ -15,9 +16,11 @@ import pytest
 from chat_server import ChatServer, chat_server
 
 from teams_hpc.config import HttpEngineConfig
+from teams_hpc.config.schema import HttpReviewerConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Message, Request, Task, complete_all
 from teams_hpc.llm.http_engine import HttpEngine, _parse, _pause_s, _Retry, _seconds
+from teams_hpc.llm.load import load_engines
 
 TASK = Task(kind="answer", instruction="")
 KEY = "sk-very-secret-4711"
@@ -48,7 +51,9 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 @contextmanager
 def engine_for(server: ChatServer, **values: Any) -> Iterator[HttpEngine]:
     values = {"max_concurrency": 4, "timeout_s": 5.0} | values
-    engine = HttpEngine(HttpEngineConfig(base_url=server.url, model="m", **values))
+    is_limited = values.pop("is_limited", False)
+    config = HttpEngineConfig(base_url=server.url, model="m", **values)
+    engine = HttpEngine(config, is_limited=is_limited)
     try:
         yield engine
     finally:
@@ -66,6 +71,90 @@ def test_every_request_is_answered_once_whatever_the_server_does() -> None:
     assert {(c.finish_reason, c.prompt_tokens, c.completion_tokens) for c in done} == {
         ("stop", 7, 3)
     }
+    num_refused = sum(faults[number % 10].isdigit() for number in range(80))
+    assert len(server.bodies) - num_refused == sum(1 + c.lost for c in done)
+
+
+LOST = ("torn", "drop", "wrong", "gzip", "drip", "slow")
+
+
+def misbehaving(*what: str) -> ChatServer:
+    """Does one after the other, and then as it should; `slow` is later than any test waits."""
+
+    def behave(number: int) -> str:
+        one = what[number] if number < len(what) else "ok"
+        if one != "slow":
+            return one
+        time.sleep(2.0)
+        return "ok"
+
+    return ChatServer(behave=behave)
+
+
+@pytest.mark.parametrize(
+    ("what", "finish_reason", "lost"),
+    [
+        (("429", "500", "503"), "stop", 0),
+        (LOST, "stop", 6),
+        (("drop", "429", "wrong"), "stop", 2),
+        (("500",) * 9, "error", 0),
+        (("500", "torn", *("500",) * 7), "error", 0),
+        (("torn",) * 9, "error", 6),
+        (("wrong", "400"), "error", 0),
+        (("wrong", "torn", "400"), "error", 1),
+    ],
+    ids=["refused", "lost", "both", "always refused", "lost once", "always lost", "400", "twice"],
+)
+def test_a_call_says_how_often_else_it_may_have_been_made(
+    what: tuple[str, ...], finish_reason: str, lost: int
+) -> None:
+    server = misbehaving(*what)
+    with chat_server(server), engine_for(server, timeout_s=1.0, max_retries=6) as engine:
+        (done,) = complete_all(engine, requests(1))
+    assert (done.finish_reason, done.lost) == (finish_reason, lost)
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_under_a_limit_a_call_that_may_have_been_made_is_not_made_again(what: str) -> None:
+    server = misbehaving("429", what)
+    limits = {"is_limited": True, "timeout_s": 1.0, "max_retries": 6}
+    with chat_server(server), engine_for(server, **limits) as engine:
+        (done,) = complete_all(engine, requests(1))
+        wait_until(lambda: len(server.bodies) == 2)
+    assert (done.finish_reason, done.text, done.lost) == ("error", "", 0)
+    assert done.error.endswith(
+        "; the call may have been made and paid for, and is not made again because "
+        "budget.max_expert_calls is set; generate.retry_failed=true makes it again"
+    )
+
+
+@pytest.mark.parametrize(("scheme", "lost"), [("http", 2), ("https", 0)])
+def test_a_request_that_found_no_connection_is_not_lost(scheme: str, lost: int) -> None:
+    """A port that nobody answers on: a connection can be had there, an encrypted one can't."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        far = ChatServer(url=f"{scheme}://127.0.0.1:{silent.getsockname()[1]}/v1")
+        with engine_for(far, timeout_s=0.8, max_retries=2) as engine:
+            (done,) = complete_all(engine, requests(1))
+        assert (done.finish_reason, done.lost) == ("error", lost)
+        with engine_for(far, timeout_s=0.8, max_retries=2, is_limited=True) as engine:
+            (done,) = complete_all(engine, requests(1))
+    assert ("3 attempts" in done.error) == (lost == 0)
+
+
+def test_what_is_one_engine_with_a_limited_one_is_limited_too() -> None:
+    expert = HttpEngineConfig(base_url="http://x/v1", model="m")
+    same = HttpReviewerConfig(base_url="http://x/v1", model="m")
+    other = HttpReviewerConfig(base_url="http://x/v1", model="other")
+
+    def limits(*configs: HttpEngineConfig, limited: HttpEngineConfig | None) -> list[bool]:
+        engines = load_engines(*configs, limited=limited)
+        for engine in engines:
+            engine.close()
+        return [engine._is_limited for engine in engines]  # type: ignore[attr-defined]
+
+    assert limits(expert, other, limited=expert) == [True, False]
+    assert limits(same, expert, limited=expert) == [True, True]
+    assert limits(expert, same, limited=None) == [False, False]
 
 
 def test_no_more_calls_at_a_time_than_allowed() -> None:
@@ -84,19 +173,24 @@ def test_connections_are_kept_for_the_calls_that_follow() -> None:
 
 
 def test_a_step_returns_all_that_is_there_and_what_ends_together_wakes_it_once() -> None:
-    reply, go_on = threading.Event(), threading.Event()
+    reply, stands, go_on = threading.Event(), threading.Event(), threading.Event()
     server = ChatServer()
 
     def behave(number: int) -> str:
         reply.wait(timeout=10)
         return "ok"
 
+    def stand_still() -> None:
+        stands.set()
+        go_on.wait(timeout=10)
+
     server.behave = behave
     with chat_server(server), engine_for(server, max_concurrency=8) as engine:
         for request in requests(8):
             engine.add(request)
         wait_until(lambda: len(server.bodies) == 8)
-        engine._loop.call_soon_threadsafe(go_on.wait, 10)
+        engine._loop.call_soon_threadsafe(stand_still)
+        assert stands.wait(timeout=10)
         reply.set()
         wait_until(lambda: len(server.answered) == 8 and server._now == 0)
         go_on.set()
@@ -239,9 +333,11 @@ def test_retries_end_and_say_so() -> None:
 def test_nobody_there_is_an_error_completion_not_a_hang() -> None:
     with chat_server(ChatServer()) as gone:
         pass
-    with engine_for(gone, max_retries=1, timeout_s=1.0) as engine:
+    with engine_for(gone, max_retries=1, timeout_s=1.0, is_limited=True) as engine:
         (done,) = complete_all(engine, requests(1))
     assert "no reply from" in done.error
+    assert "2 attempts" in done.error
+    assert done.lost == 0
 
 
 def test_a_slow_server_times_out_and_is_asked_again() -> None:
@@ -352,6 +448,22 @@ def test_a_whole_reply_without_content_is_empty_and_not_asked_again() -> None:
     completion = _parse(requests(1)[0], json.dumps(value).encode())
     assert (completion.text, completion.finish_reason) == ("", "length")
     assert completion.completion_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (rb"a \ud83d b \ude00", "a \ufffd b \ufffd"),
+        (b"a \xed\xa0\xbd b", "a \ufffd b"),
+        (rb"\ud83d\ude00 \u00e9", "\U0001f600 é"),
+    ],
+    ids=["escaped", "as bytes", "whole"],
+)
+def test_half_a_surrogate_pair_in_a_reply_is_replaced(content: bytes, text: str) -> None:
+    reply = b'{"choices": [{"message": {"content": "%s"}}]}' % content
+    completion = _parse(requests(1)[0], reply)
+    assert completion.text == text
+    assert completion.text.encode().decode() == text
 
 
 @pytest.mark.parametrize(

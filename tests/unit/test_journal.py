@@ -110,6 +110,25 @@ def test_a_journal_that_another_node_has_removed_is_gone(
     one.close()
 
 
+def test_lost_tries_are_in_doubt_and_stand_in_a_frame_only_if_there_are_any(
+    tmp_path: Path,
+) -> None:
+    one = writer(tmp_path, "a")
+    one.commit(None, {"expert": ["k1", "k2"]})
+    one.commit(batch("k1"), {})
+    for key, role, lost in (("k2", "expert", 3), ("v2", "reviewer", 2)):
+        tokens = Tokens(calls=1, lost=lost)
+        one.commit(Batch(role=role, results=batch(key).results, tokens=tokens), {role: [key + "x"]})
+    one.close()
+    found = read_journal(one.path)
+    assert [batch.tokens.lost for batch in found.batches] == [0, 3, 2]
+    assert found.spent == one.spent
+    assert (found.spent["expert", "m"].calls, found.spent["expert", "m"].in_doubt) == (2, 3 + 1)
+    values = [value for value, _ in frames(one.path.read_bytes())][1:]
+    assert [value.get("lost") for value in values] == [None, None, 3, 2]
+    assert list(values[1]) == ["role", "intents", "results", "tokens"]
+
+
 def test_one_commit_is_one_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = os.fdatasync

@@ -30,6 +30,7 @@ class Scripted:
 
     text: Callable[[Request], str] = lambda request: f"A new text, number {request.seed}."
     finish: FinishReason = "stop"
+    lost: int = 0
     judge: Callable[[str, str], tuple[float, float]] = lambda before, after: FAR
     batches: list[int] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Scripted:
                 prompt_tokens=3,
                 completion_tokens=2,
                 error="no route" if self.finish == "error" else "",
+                lost=self.lost,
             )
             for request in pending
         ]
@@ -104,6 +106,14 @@ def test_a_step_is_one_batch_to_each_engine_and_every_call_is_counted() -> None:
         120,
     )
     assert (reviewer.calls, reviewer.prompt_tokens) == (60, 240)
+
+
+def test_lost_tries_of_the_instructor_are_in_doubt() -> None:
+    world = world_of(Scripted(lost=2))
+    world.step(episodes_of(SEEDS[:5]), [0] * 5)
+    instructor = world.ledger.total("instructor")
+    assert (instructor.calls, instructor.in_doubt) == (5, 10)
+    assert world.ledger.total("reviewer").in_doubt == 0
 
 
 def test_outcomes_do_not_depend_on_the_batch() -> None:

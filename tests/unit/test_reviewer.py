@@ -37,6 +37,7 @@ class Judge:
 
     reply: Callable[[Request], str | None] = lambda request: "Not Equal"
     sums: tuple[float, float] = (-2.0, -1.0)
+    lost: int = 0
     asked: list[Request | ScoreRequest] = field(default_factory=list)
     pending: list[Request] = field(default_factory=list)
 
@@ -63,6 +64,7 @@ class Judge:
                 prompt_tokens=7,
                 completion_tokens=2,
                 error="no route" if text is None else "",
+                lost=self.lost,
             )
         ]
 
@@ -99,6 +101,13 @@ def test_a_pair_is_one_call_that_shows_both_texts(verdict: str, completion_token
             assert part in prompt
         assert (request.task.kind, request.task.other) == ("judge", pair.after)
     assert reviewer.judge([]) == []
+
+
+def test_lost_tries_of_verdicts_are_in_doubt() -> None:
+    reviewer = reviewer_of(Judge(lost=2), "generated")
+    reviewer.judge(PAIRS)
+    usage = reviewer.ledger.total("reviewer")
+    assert (usage.calls, usage.in_doubt) == (3, 6)
 
 
 def test_a_likelihood_verdict_does_not_divide_by_length() -> None:
