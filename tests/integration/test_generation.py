@@ -20,6 +20,7 @@ from teams_hpc.generation.unit_log import UnitLog
 from teams_hpc.generation.usage import generation_usage
 from teams_hpc.generation.worker import generate
 from teams_hpc.llm.ledger import Ledger
+from teams_hpc.report.call_forecast import forecast_calls
 from teams_hpc.rewriting.observation import observation_size
 from teams_hpc.rewriting.operation_policy import MlpPolicy
 from teams_hpc.runtime.preemption import StopFlag
@@ -181,6 +182,47 @@ def test_rows_balance_and_name_their_parents(quiet: tuple[RunDir, dict[str, Any]
     assert usage_of(manifest)["expert", "in_doubt"] == 0
     assert leftovers(run_dir) == []
     assert json.loads(run_dir.progress("generate").read_text())["done"] == counts["attempted"]
+
+
+def rate_of(run_dir: RunDir) -> float:
+    return float(json.loads(run_dir.progress("generate").read_text())["rate_per_s"])
+
+
+@pytest.mark.parametrize("unit_size", [20, 10])
+def test_the_measured_rate_is_that_of_the_clock_and_foretells_hours(
+    unit_size: int, tmp_path: Path
+) -> None:
+    """Of one unit and of two: more than by the clock here, which counts the process's start too.
+
+    A unit's chains take at least four turns of the engine, one after another.
+    """
+    run_dir = make_run(
+        tmp_path,
+        seeds={"limit": 20},
+        generate={"unit_size": unit_size},
+        site={"gpus_per_node": 1, "num_workers": 1},
+    )
+    begin = time.monotonic()
+    rows = run(run_dir, delay_s=0.5)["counts"]["attempted"]
+    wall_s = time.monotonic() - begin
+    assert rows / wall_s <= rate_of(run_dir) <= 3 * unit_size / (4 * 0.5)
+    config = load_resolved(run_dir.config)
+    hours = forecast_calls(config, (run_dir, config)).gpu_hours
+    assert hours == pytest.approx(rows / rate_of(run_dir) / 3600)
+
+
+def test_a_worker_that_comes_late_leaves_a_rate_that_is_true(tmp_path: Path) -> None:
+    """It counts from where the stage was; one that made nothing leaves the rate of who did."""
+    run_dir = make_run(tmp_path, seeds={"limit": 20}, site={"num_workers": 2})
+    first = start(run_dir, delay_s=0.3)
+    wait_until(run_dir.progress("generate").exists, first)
+    alone = rate_of(run_dir)
+    assert outcomes([start(run_dir, 1, delay_s=0.3), first])[0][0] == 0
+    assert 0.2 * alone < rate_of(run_dir) < 3 * 15 / (4 * 0.3)  # two units at once, or nearly three
+    before = rate_of(run_dir)
+    run_dir.manifest("generate").unlink()  # as if the one that counts all had been killed
+    run(run_dir)
+    assert rate_of(run_dir) == before
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
