@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import locked, without_hdf5_locks
 
 from teams_hpc.config import Config, dump_yaml, load_resolved
 from teams_hpc.generation.unit_log import UnitLog
@@ -85,7 +86,13 @@ def make_run(root: Path, **changes: Any) -> RunDir:
 
 
 def start(
-    run_dir: RunDir, index: int = 0, *, delay_s: float = 0.0, fails: str = "0", room: int = 0
+    run_dir: RunDir,
+    index: int = 0,
+    *,
+    delay_s: float = 0.0,
+    fails: str = "0",
+    room: int = 0,
+    environment: Mapping[str, str] = os.environ,
 ) -> subprocess.Popen[str]:
     words = (str(run_dir.root), str(index), str(delay_s), fails, str(room))
     return subprocess.Popen(
@@ -93,7 +100,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**environment, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -311,6 +318,27 @@ def test_a_stop_is_taken_at_a_safe_point_and_costs_nothing(
     assert list(run_dir.leases.glob("block-*")) == []
     assert generation_usage(run_dir).total("expert").in_doubt == 0
     assert run(run_dir) == quiet[1]
+
+
+@pytest.mark.parametrize("locking", [None, "FALSE"])
+def test_no_lock_on_a_unit_is_asked_for(
+    locking: str | None, quiet: tuple[RunDir, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Units that are there are locked by somebody else, as if a file system refused all locks.
+
+    They are opened to be counted, since the lines that spare it are gone.
+    """
+    run_dir = make_run(tmp_path)
+    how: dict[str, Any] = {"environment": without_hdf5_locks(locking)}
+    worker = start(run_dir, delay_s=0.03, **how)
+    wait_until(lambda: num_shards(run_dir) >= 2, worker)
+    worker.kill()
+    outcomes([worker])
+    for path in (run_dir.generate / "published").iterdir():
+        path.unlink()
+    with locked(run_dir.shards.glob("*.h5")):
+        manifest = run(run_dir, **how)
+    assert {**manifest, "usage": 0} == {**quiet[1], "usage": 0}
 
 
 def spent(run_dir: RunDir) -> int:
