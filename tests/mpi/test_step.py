@@ -21,8 +21,10 @@ from teams_hpc.runtime.step import joined_step
 with joined_step(read_ranks(), needs_mpi=True) as step:
     step.show(100 + step.rank)
     if step.rank == 0:
-        time.sleep(0.5)  # the others draw meanwhile: rank 0 is no dispatcher
+        while sum(value >= 200 for value in step.shown()) < step.size - 1:
+            time.sleep(0.01)
     drawn = [step.take_number() for _ in range(50)]
+    step.show(200 + step.rank)
     if step.rank == 1:
         step.write_note(3, 77)
         step.ask_to_stop()
