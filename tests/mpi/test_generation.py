@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from mpi.launch import (
     run_ranks,
     usage_done,
 )
+from teams_hpc.generation.queue import block_size
 from teams_hpc.generation.usage import generation_usage
 from teams_hpc.storage.run_dir import RunDir
 
@@ -34,6 +36,22 @@ def step(self):
     time.sleep(0.02)
     return real(self)
 TemplateEngine.step = step
+from teams_hpc.cli import main
+main(["stage", "generate", *sys.argv[1:]])
+"""
+
+
+# The same, but each rank says which units it publishes.
+WATCHED = """
+import sys
+from teams_hpc.generation import worker
+from teams_hpc.runtime.ranks import read_ranks
+real = worker.publish_unit
+def publish_unit(run_dir, log, *rest):
+    sys.stdout.write(f"{read_ranks().rank} {log.unit}\\n")
+    sys.stdout.flush()
+    return real(run_dir, log, *rest)
+worker.publish_unit = publish_unit
 from teams_hpc.cli import main
 main(["stage", "generate", *sys.argv[1:]])
 """
@@ -63,6 +81,37 @@ def test_any_number_of_ranks_makes_the_same_rows(size: int, quiet: RunDir, tmp_p
     assert manifest(run_dir)["units"] == manifest(quiet)["units"]
     assert manifest(run_dir)["usage"] == manifest(quiet)["usage"]
     assert list(run_dir.leases.glob("block-*")) == []
+
+
+def test_ranks_that_share_a_block_make_the_same_rows(tmp_path: Path) -> None:
+    """With so many units a block has several, and the ranks of a step work in it together."""
+    changes = {
+        "seeds": {"limit": 128},
+        "generate": {"num_trajectories": 1, "num_steps": 1, "unit_size": 1},
+    }
+    alone, together = (make_run(tmp_path / name, **changes) for name in ("alone", "together"))
+    assert subprocess.run(
+        (sys.executable, "-m", "teams_hpc", "stage", "generate", str(alone.root)),
+        env=environment(),
+        timeout=120,
+        check=True,
+    )
+    done = run_ranks(4, "-c", WATCHED, str(together.root))
+    assert done.returncode == 0, done.stderr
+    assert joined(4) in done.stderr
+    assert block_size(len(manifest(together)["units"])) == 2
+    assert manifest(together)["units"] == manifest(alone)["units"]
+    assert manifest(together)["usage"] == manifest(alone)["usage"]
+    ranks_of_block: dict[int, set[str]] = defaultdict(set)
+    units = Counter[int]()
+    for line in done.stdout.splitlines():
+        rank, unit = line.split()
+        ranks_of_block[int(unit) // 2].add(rank)
+        units[int(unit)] += 1
+    assert set(units.values()) == {1}
+    assert len(units) == 128
+    assert set.union(*ranks_of_block.values()) == {"0", "1", "2", "3"}
+    assert max(map(len, ranks_of_block.values())) == 2
 
 
 def start(size: int, root: Path, *words: str) -> subprocess.Popen[bytes]:
