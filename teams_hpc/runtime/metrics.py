@@ -44,8 +44,7 @@ class Progress:
     def update(self, done: float, total: float, message: str = "") -> None:
         """Say that `done` of `total` units are done; `message` is shown beside the bar."""
         now = time.monotonic()
-        has_measured = self.has_begun
-        if not has_measured:
+        if self._start_done is None:
             self.begin(done)
         if not self.enabled or (now - self._written < 0.5 and done < total):
             return
@@ -54,7 +53,7 @@ class Progress:
             "done": done,
             "total": total,
             "unit": self.unit,
-            "rate_per_s": self._rate(done, now) if has_measured else self._rate_found(),
+            "rate_per_s": self._rate(done, now),
             "message": message,
             "pid": os.getpid(),
             "updated": time.time(),
@@ -65,9 +64,8 @@ class Progress:
 
     def _rate(self, done: float, now: float) -> float:
         assert self._start_done is not None
-        return (done - self._start_done) / max(now - self._start, 1e-9)
-
-    def _rate_found(self) -> float:
+        if done > self._start_done:
+            return (done - self._start_done) / max(now - self._start, 1e-9)
         if not self.path.exists():
             return 0.0
         return float(json.loads(self.path.read_text(encoding="utf-8"))["rate_per_s"])
