@@ -46,7 +46,7 @@ test-slurm: $(VENV)/.has-dev ## all tests on a real Slurm, the long ones too (De
 	  $(VENV)/bin/python -m pytest -q $(PYTEST_OPTIONS) tests/slurm
 
 test-chaos: $(VENV)/.has-dev ## the soak: many kills in a row, under MPI and without
-	TEAMS_HPC_CHAOS=1 $(VENV)/bin/python -m pytest -q -m chaos tests
+	TEAMS_HPC_REQUIRE_MPI=1 TEAMS_HPC_CHAOS=1 $(VENV)/bin/python -m pytest -q -m chaos tests
 
 test-containers: $(VENV)/.has-dev ## build both recipes and run in them (Debian packages: README)
 	TEAMS_HPC_CONTAINERS=1 \

@@ -257,7 +257,11 @@ def evolve_once(task: Any, instructions: Sequence[str]) -> int:
 def measure_evolving(
     folder: Path, arguments: argparse.Namespace, num_tokens: int
 ) -> list[dict[str, Any]]:
-    """Calls per second, the same prompts for all; nothing where the peer is missing."""
+    """Calls per second on prompts of the peer's templates; nothing where the peer is missing.
+
+    The peer draws templates itself, of every fourth seed: prompts of the same kind as ours, not the
+    same ones.
+    """
     task = evolving(folder, num_tokens)
     if task is None:
         return []

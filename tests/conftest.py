@@ -1,6 +1,9 @@
 """Small real models for tests: a random Llama with a tokenizer trained here."""
 
+import fcntl
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("chaos"):
             item.add_marker(pytest.mark.skip(reason="a soak: make test-chaos runs it"))
+
+
+@contextmanager
+def locked(paths: Iterable[Path]) -> Iterator[None]:
+    """Hold the lock that HDF5 takes on a file it writes, so that nobody else gets any on it."""
+    with ExitStack() as stack:
+        for path in paths:
+            stream = stack.enter_context(path.open("rb"))
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def without_hdf5_locks(how: str | None) -> dict[str, str]:
+    """This environment with the variable by which sites with Lustre turn HDF5's locks off."""
+    plain = {key: value for key, value in os.environ.items() if key != "HDF5_USE_FILE_LOCKING"}
+    return plain if how is None else {**plain, "HDF5_USE_FILE_LOCKING": how}
 
 
 def make_llama(folder: Path, chat_template: str | None = None) -> Path:

@@ -263,6 +263,7 @@ class _Worker:
             return
         with ExitStack() as stack:
             stack.enter_context(self._ending(log, claim))
+            self._begin_to_measure(log)
             rows = self._run(log, claim, equipment)
             assert self._queue is not None
             self._queue.publishing = unit
@@ -360,12 +361,23 @@ class _Worker:
             f"again{way_out}"
         )
 
+    def _begin_to_measure(self, log: UnitLog) -> None:
+        """Measure the rate from the first unit on of which no call was made before.
+
+        Engines are loaded by then. A later worker too counts from what it finds done.
+        """
+        if not self._progress.has_begun and not log.num_durable_expert_calls:
+            self._await_publishing()  # a unit that an earlier attempt has paid for
+            self._progress.begin(self._num_rows_done())
+
+    def _num_rows_done(self) -> int:
+        return sum(self.plan.num_rows_of(unit) for unit in published_units(self.run_dir))
+
     def _show_progress(self, counts: Counts) -> None:
         """Count the rows published by all workers; say how many of `counts` were kept."""
         self._shown = time.monotonic()
-        done = sum(self.plan.num_rows_of(unit) for unit in published_units(self.run_dir))
         kept = f"kept {100 * counts['kept'] / max(1, counts['attempted']):.0f} %"
-        self._progress.update(done, self.plan.num_rows, kept)
+        self._progress.update(self._num_rows_done(), self.plan.num_rows, kept)
 
     def close(self) -> None:
         """Wait for what is being published; give claims back, and free what the engines hold."""

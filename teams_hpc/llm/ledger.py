@@ -13,7 +13,7 @@ from typing import Any
 from teams_hpc.llm.base import Completion, RoleName
 
 WIZARDLM_CALLS = 624_000
-"""52,000 Alpaca seeds x 4 rounds x 3 calls (facts: second-hand, see docs/method.md)."""
+"""52,000 Alpaca seeds x 4 rounds x 3 calls; second-hand, see docs/design.md on spending."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -66,7 +66,7 @@ class _Selection:
         self._config = config
         self._engines = engines
         self._stop = stop
-        self._folder = run_dir.stage_dir("select") / "evaluations"
+        self._folder = run_dir.evaluations
         self._usage = Ledger()
         self._progress = Progress(run_dir.progress("select"), unit="evaluations")
         self._num_done = 0

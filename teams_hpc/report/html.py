@@ -6,6 +6,7 @@ from typing import Any
 from teams_hpc.config import Config, TransformersEngineConfig, dump_yaml
 from teams_hpc.config.digest import file_digest
 from teams_hpc.evaluation.comparison import compare_generations
+from teams_hpc.llm.ledger import WIZARDLM_CALLS
 from teams_hpc.llm.load import as_embedding_engine, load_engine
 from teams_hpc.report import page, policy_section, sections, story
 from teams_hpc.report.usage import collect_usage
@@ -127,7 +128,7 @@ def _header(config: Config, manifests: dict[str, Any]) -> page.Html:
         cards.append(page.card("training pairs", f"{counts['train']:,}", note))
     if evaluation:
         queries = evaluation["queries"]
-        note = f"{100 * queries['share_of_wizardlm']:.3f} % of WizardLM's {624_000:,}"
+        note = f"{100 * queries['share_of_wizardlm']:.3f} % of WizardLM's {WIZARDLM_CALLS:,}"
         cards.append(page.card("expert calls", f"{queries['expert_calls']:,}", note))
     held_out = sft.get("held_out_loss") or {}
     if held_out.get("before") is not None:

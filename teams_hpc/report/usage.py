@@ -14,6 +14,14 @@ def _policy_usage(run_dir: RunDir) -> Ledger:
     return ledger
 
 
+def _select_usage(run_dir: RunDir) -> Ledger:
+    ledger = Ledger()
+    for path in sorted(run_dir.evaluations.glob("*.json")):
+        if not path.name.endswith(".started.json"):  # a note of what was begun
+            ledger.merge(Ledger.from_json(read_json(path)["usage"]))
+    return ledger
+
+
 def collect_usage(run_dir: RunDir) -> dict[str, Ledger]:
     """Usage by stage, of finished stages and of those at work."""
     usage = {}
@@ -23,6 +31,8 @@ def collect_usage(run_dir: RunDir) -> dict[str, Ledger]:
             usage[stage] = Ledger.from_json(manifest["usage"])
         elif stage == "policy" and run_dir.policy.exists():
             usage[stage] = _policy_usage(run_dir)
+        elif stage == "select" and run_dir.evaluations.exists():
+            usage[stage] = _select_usage(run_dir)
         elif stage == "generate" and run_dir.shards.exists():
             from teams_hpc.generation.usage import generation_usage
 

@@ -17,6 +17,9 @@ from typing import Any
 class Progress:
     """How far a task is, in `metrics/<task>.progress.json`; written at most twice a second.
 
+    The rate is that of what this process has seen done since it began to measure. One that has
+    measured nothing leaves the rate as it finds it: that of others, or of an earlier start.
+
     Args:
         path: The file; its folder must exist.
         unit: What is counted: rows, iterations, steps.
@@ -30,11 +33,19 @@ class Progress:
     _start_done: float | None = None
     _written: float = float("-inf")
 
+    @property
+    def has_begun(self) -> bool:
+        return self._start_done is not None
+
+    def begin(self, done: float) -> None:
+        """Measure from now on, where `done` units are done; else the first update begins."""
+        self._start, self._start_done = time.monotonic(), done
+
     def update(self, done: float, total: float, message: str = "") -> None:
         """Say that `done` of `total` units are done; `message` is shown beside the bar."""
         now = time.monotonic()
         if self._start_done is None:
-            self._start_done = done
+            self.begin(done)
         if not self.enabled or (now - self._written < 0.5 and done < total):
             return
         self._written = now
@@ -42,7 +53,7 @@ class Progress:
             "done": done,
             "total": total,
             "unit": self.unit,
-            "rate_per_s": (done - self._start_done) / max(now - self._start, 1e-9),
+            "rate_per_s": self._rate(done, now),
             "message": message,
             "pid": os.getpid(),
             "updated": time.time(),
@@ -50,6 +61,14 @@ class Progress:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(value), encoding="utf-8")
         temporary.replace(self.path)
+
+    def _rate(self, done: float, now: float) -> float:
+        assert self._start_done is not None
+        if done > self._start_done:
+            return (done - self._start_done) / max(now - self._start, 1e-9)
+        if not self.path.exists():
+            return 0.0
+        return float(json.loads(self.path.read_text(encoding="utf-8"))["rate_per_s"])
 
 
 def append_metrics(path: Path, values: Mapping[str, Any]) -> None:

@@ -67,6 +67,11 @@ class RunDir:
         return self.root / "select" / "policy.safetensors"
 
     @property
+    def evaluations(self) -> Path:
+        """Of `select`: a file for each policy and split, with its usage."""
+        return self.root / "select" / "evaluations"
+
+    @property
     def generate(self) -> Path:
         return self.root / "generate"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from conftest import locked, without_hdf5_locks
 from transformers import AutoTokenizer
 
 from teams_hpc.config import Config
@@ -29,6 +31,7 @@ from teams_hpc.storage.atomic import write_json
 from teams_hpc.storage.run_dir import RunDir, read_manifest, write_manifest
 from teams_hpc.storage.shards import ROW_COLUMNS, Finish, Status, Table, TableWriter
 
+PROJECT = Path(__file__).parents[2]
 HELD_OUT = SPLITS.index("sft_held_out")
 VERBS = ("Describe", "Compare", "Explain", "Sketch", "Rank", "Translate", "Summarise", "Question")
 THINGS = ("rivers", "prime numbers", "violins", "tax law", "glaciers", "compilers", "bees", "opera")
@@ -326,7 +329,7 @@ BUILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path({tests!r})))
-import test_dataset as t
+import integration.test_dataset as t
 t.build_dataset(t.RunDir(Path({root!r})), t.make_config(Path({folder!r})), 0, t.StopFlag())
 """
 
@@ -335,7 +338,7 @@ def test_killed_halfway_and_run_again_it_makes_the_same(built: RunDir, tmp_path:
     """SIGKILL as soon as the tokenizer's folder is there: rows written, the rest half done."""
     run_dir = make_run(tmp_path / "run", in_units(all_rows(), 9))
     code = BUILD.format(
-        tests=str(Path(__file__).parent), root=str(run_dir.root), folder=str(tmp_path)
+        tests=str(Path(__file__).parents[1]), root=str(run_dir.root), folder=str(tmp_path)
     )
     process = subprocess.Popen(
         (sys.executable, "-c", code), env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -354,18 +357,77 @@ def test_killed_halfway_and_run_again_it_makes_the_same(built: RunDir, tmp_path:
     assert {path: path.stat().st_mtime_ns for path in run_dir.dataset.rglob("*")} == times
 
 
-def test_on_a_file_system_without_locks_it_makes_the_same(built: RunDir, tmp_path: Path) -> None:
+@pytest.mark.parametrize("locking", [None, "FALSE"])
+def test_no_lock_on_a_file_is_asked_for(locking: str | None, built: RunDir, tmp_path: Path) -> None:
+    """Every file is locked by somebody else, as if a file system refused all locks."""
     run_dir = make_run(tmp_path / "run", in_units(all_rows(), 9))
     code = BUILD.format(
-        tests=str(Path(__file__).parent), root=str(run_dir.root), folder=str(tmp_path)
+        tests=str(Path(__file__).parents[1]), root=str(run_dir.root), folder=str(tmp_path)
     )
-    unlocked = {**os.environ, "OMP_NUM_THREADS": "1", "HDF5_USE_FILE_LOCKING": "FALSE"}
-    subprocess.run((sys.executable, "-c", code), env=unlocked, timeout=120, check=True)
+    environment = {**without_hdf5_locks(locking), "OMP_NUM_THREADS": "1"}
+    with locked(run_dir.shards.iterdir()):
+        subprocess.run((sys.executable, "-c", code), env=environment, timeout=120, check=True)
     assert contents(run_dir) == contents(built)
-    for path in (run_dir.shard(0), run_dir.dataset_rows, run_dir.packed_rows):
-        words = (sys.executable, "-m", "teams_hpc", "inspect", str(path))
-        shown = subprocess.run(words, env=unlocked, capture_output=True, text=True, check=True)
-        assert str(path) in shown.stdout
+    files = (run_dir.shard(0), run_dir.dataset_rows, run_dir.packed_rows)
+    with locked(files):
+        assert_shown(run_dir, *(inspected(path, environment) for path in files))
+
+
+def assert_shown(run_dir: RunDir, unit: str, rows: str, packed: str) -> None:
+    """Counts, columns and rows of the three files; of a row each column, codes with their names."""
+    manifest, first = manifest_of(run_dir), all_rows()[0]
+    counts = manifest["counts"]
+    assert unit.startswith(f"{run_dir.shard(0)}: 9 rows\n")
+    num_rows = counts["train"] + counts["held_out"]
+    assert rows.startswith(f"{run_dir.dataset_rows}: {num_rows} rows\n")
+    names = [column.name for column in ROW_COLUMNS]
+    assert f"  columns: {', '.join(names)}\n" in unit
+    assert f"  columns: {', '.join([*names, 'use'])}\n" in rows
+    for shown in (unit, rows):
+        lines = shown[shown.index("\nrow 0\n") : shown.index("\nrow 1\n")].splitlines()[2:]
+        assert [line.split(":")[0].strip() for line in lines][: len(names)] == names
+        assert f"  record_id: {first['record_id']}" in lines
+        assert f"  instruction: {first['instruction']}" in lines
+        assert "  operation: 2 (concretizing)" in lines
+        assert "\nrow 2\n" not in shown
+    num_sequences = manifest["packing"]["train"]["rows"]
+    assert f"train/input_ids: ({num_sequences}, 256) int32\n" in packed
+    tokens = next(sequences_of(run_dir, "train"))[1]
+    assert f"train tokens: [{', '.join(map(str, tokens[:9]))}, " in packed
+
+
+def inspected(path: Path, environment: Mapping[str, str]) -> str:
+    words = (sys.executable, "-m", "teams_hpc", "inspect", "--rows", "2", str(path))
+    shown = subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    return shown.stdout
+
+
+TEXTS = ("é", "", "€ 5 or £ 4", "💥", "plain", "naïve\u2028 \x00 \U0001f9d1\u200d\U0001f680\n", "")
+
+
+def rows_by_documented_lines(document: str, path: Path) -> list[str]:
+    """What the five lines of a document, word for word but for the path, read from a file."""
+    text = (PROJECT / document).read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(import h5py\n.*?)```", text, re.DOTALL)
+    assert lines.split("\n")[3:-1], "five lines"
+    lines, count = re.subn(r'"[^"]+\.h5"', repr(str(path)), lines)
+    assert count == 1
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    rows: list[str] = names["rows"]
+    return rows
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/design.md"])
+def test_documented_lines_read_every_row(document: str, built: RunDir, tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", [[row(n, text) for n, text in enumerate(TEXTS)]])
+    assert rows_by_documented_lines(document, run_dir.shard(0)) == list(TEXTS)
+    with Table.open(built.dataset_rows) as table:
+        expected = table.texts("instruction", 0, table.num_rows)
+    assert rows_by_documented_lines(document, built.dataset_rows) == expected
+    assert any("💥" in text for text in expected)
 
 
 def test_exports_hold_the_awkward_row(built: RunDir, tmp_path: Path) -> None:

@@ -7,19 +7,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import locked, without_hdf5_locks
 
 from teams_hpc.config import Config, dump_yaml, load_resolved
 from teams_hpc.generation.unit_log import UnitLog
 from teams_hpc.generation.usage import generation_usage
 from teams_hpc.generation.worker import generate
 from teams_hpc.llm.ledger import Ledger
+from teams_hpc.report.call_forecast import forecast_calls
 from teams_hpc.rewriting.observation import observation_size
 from teams_hpc.rewriting.operation_policy import MlpPolicy
 from teams_hpc.runtime.preemption import StopFlag
@@ -84,7 +86,13 @@ def make_run(root: Path, **changes: Any) -> RunDir:
 
 
 def start(
-    run_dir: RunDir, index: int = 0, *, delay_s: float = 0.0, fails: str = "0", room: int = 0
+    run_dir: RunDir,
+    index: int = 0,
+    *,
+    delay_s: float = 0.0,
+    fails: str = "0",
+    room: int = 0,
+    environment: Mapping[str, str] = os.environ,
 ) -> subprocess.Popen[str]:
     words = (str(run_dir.root), str(index), str(delay_s), fails, str(room))
     return subprocess.Popen(
@@ -92,7 +100,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**environment, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -183,6 +191,47 @@ def test_rows_balance_and_name_their_parents(quiet: tuple[RunDir, dict[str, Any]
     assert json.loads(run_dir.progress("generate").read_text())["done"] == counts["attempted"]
 
 
+def rate_of(run_dir: RunDir) -> float:
+    return float(json.loads(run_dir.progress("generate").read_text())["rate_per_s"])
+
+
+@pytest.mark.parametrize("unit_size", [20, 10])
+def test_the_measured_rate_is_that_of_the_clock_and_foretells_hours(
+    unit_size: int, tmp_path: Path
+) -> None:
+    """Of one unit and of two: more than by the clock here, which counts the process's start too.
+
+    A unit's chains take at least four turns of the engine, one after another.
+    """
+    run_dir = make_run(
+        tmp_path,
+        seeds={"limit": 20},
+        generate={"unit_size": unit_size},
+        site={"gpus_per_node": 1, "num_workers": 1},
+    )
+    begin = time.monotonic()
+    rows = run(run_dir, delay_s=0.5)["counts"]["attempted"]
+    wall_s = time.monotonic() - begin
+    assert rows / wall_s <= rate_of(run_dir) <= 3 * unit_size / (4 * 0.5)
+    config = load_resolved(run_dir.config)
+    hours = forecast_calls(config, (run_dir, config)).gpu_hours
+    assert hours == pytest.approx(rows / rate_of(run_dir) / 3600)
+
+
+def test_a_worker_that_comes_late_leaves_a_rate_that_is_true(tmp_path: Path) -> None:
+    """It counts from where the stage was; one that made nothing leaves the rate of who did."""
+    run_dir = make_run(tmp_path, seeds={"limit": 20}, site={"num_workers": 2})
+    first = start(run_dir, delay_s=0.3)
+    wait_until(run_dir.progress("generate").exists, first)
+    alone = rate_of(run_dir)
+    assert outcomes([start(run_dir, 1, delay_s=0.3), first])[0][0] == 0
+    assert 0.2 * alone < rate_of(run_dir) < 3 * 15 / (4 * 0.3)  # two units at once, or nearly three
+    before = rate_of(run_dir)
+    run_dir.manifest("generate").unlink()  # as if the one that counts all had been killed
+    run(run_dir)
+    assert rate_of(run_dir) == before
+
+
 @pytest.mark.parametrize("num_workers", [2, 3])
 def test_any_number_of_workers_makes_the_same_rows(
     quiet: tuple[RunDir, dict[str, Any]], tmp_path: Path, num_workers: int
@@ -269,6 +318,27 @@ def test_a_stop_is_taken_at_a_safe_point_and_costs_nothing(
     assert list(run_dir.leases.glob("block-*")) == []
     assert generation_usage(run_dir).total("expert").in_doubt == 0
     assert run(run_dir) == quiet[1]
+
+
+@pytest.mark.parametrize("locking", [None, "FALSE"])
+def test_no_lock_on_a_unit_is_asked_for(
+    locking: str | None, quiet: tuple[RunDir, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Units that are there are locked by somebody else, as if a file system refused all locks.
+
+    They are opened to be counted, since the lines that spare it are gone.
+    """
+    run_dir = make_run(tmp_path)
+    how: dict[str, Any] = {"environment": without_hdf5_locks(locking)}
+    worker = start(run_dir, delay_s=0.03, **how)
+    wait_until(lambda: num_shards(run_dir) >= 2, worker)
+    worker.kill()
+    outcomes([worker])
+    for path in (run_dir.generate / "published").iterdir():
+        path.unlink()
+    with locked(run_dir.shards.glob("*.h5")):
+        manifest = run(run_dir, **how)
+    assert {**manifest, "usage": 0} == {**quiet[1], "usage": 0}
 
 
 def spent(run_dir: RunDir) -> int:

@@ -22,6 +22,7 @@ from teams_hpc.pipeline.graph import find_stage
 from teams_hpc.pipeline.inputs import prepare_stage
 from teams_hpc.policy.selection import best_member, select_member
 from teams_hpc.policy.training import train_member
+from teams_hpc.report.usage import collect_usage
 from teams_hpc.rewriting.operation_policy import MlpPolicy
 from teams_hpc.runtime.metrics import read_metrics
 from teams_hpc.runtime.preemption import StopFlag
@@ -139,7 +140,11 @@ def test_a_killed_selection_says_what_a_quiet_one_says(tmp_path: Path) -> None:
     first = select(quiet, config)
     prepare_stage(killed, config, find_stage(config, "select"))
     assert run_killed(killed, "select", 9) == -signal.SIGKILL
+    so_far = collect_usage(killed)["select"].total("instructor").calls
+    assert 0 < so_far < collect_usage(quiet)["select"].total("instructor").calls
     second = select(killed, config)
+    killed.manifest("select").unlink()
+    assert collect_usage(killed)["select"].to_json() == second["usage"]
     before, after = Ledger.from_json(first.pop("usage")), Ledger.from_json(second.pop("usage"))
     assert first == second
     assert before.total("instructor").calls == after.total("instructor").calls

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from teams_hpc.config import TransformersEngineConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Completion, Message, Request, ScoreRequest, Task, complete_all
-from teams_hpc.llm.decoder import Row
+from teams_hpc.llm.decoder import Decoder, Row
 from teams_hpc.llm.load import load_engines
 from teams_hpc.llm.local_model import enough_memory, longest_sequence
 from teams_hpc.llm.transformers_engine import TransformersEngine
@@ -117,6 +117,29 @@ def test_nothing_is_guessed_before_a_reply_has_begun() -> None:
     for token in (2, 3):
         row.take(token)
     assert row.draft(3) == [4, 1, 2]
+
+
+@pytest.mark.parametrize("batching", ["fixed", "refill"])
+def test_prompts_of_one_length_are_batched_together(
+    batching: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row of a batch holds as many places as its longest prompt needs, so none is in vain."""
+    lengths: list[list[int]] = []
+    admit = Decoder.admit
+
+    def noted(decoder: Decoder, rows: Sequence[Row]) -> None:
+        lengths.append([len(row.prompt) for row in rows])
+        admit(decoder, rows)
+
+    monkeypatch.setattr(Decoder, "admit", noted)
+    engine = TransformersEngine(settings(tiny_llama, batching=batching, batch_size=6, max_tokens=1))
+    asked = [request(number, f"{'very ' * (number % 4)}large") for number in range(24)]
+    done = complete_all(engine, asked)
+    assert [completion.id for completion in done] == [one.id for one in asked]
+    assert [len(batch) for batch in lengths] == [6] * 4
+    assert [len(set(batch)) for batch in lengths] == [1] * 4
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[3]
 
 
 def test_what_prompts_begin_with_is_computed_once(

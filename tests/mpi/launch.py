@@ -76,6 +76,14 @@ def manifest(run_dir: RunDir) -> dict[str, Any]:
     return found
 
 
+def usage_done(run_dir: RunDir) -> dict[tuple[str, str], int]:
+    """Durable calls and tokens of every role."""
+    names = ("calls", "prompt_tokens", "completion_tokens")
+    return {
+        (line["role"], name): line[name] for line in manifest(run_dir)["usage"] for name in names
+    }
+
+
 def expert_calls(run_dir: RunDir) -> tuple[int, int]:
     """Durable calls, and calls in doubt."""
     lines = [line for line in manifest(run_dir)["usage"] if line["role"] == "expert"]

@@ -6,13 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from mpi.launch import environment, expert_calls, make_run, manifest, mpiexec, run_ranks
+from mpi.launch import (
+    environment,
+    expert_calls,
+    make_run,
+    manifest,
+    mpiexec,
+    run_ranks,
+    usage_done,
+)
+from teams_hpc.generation.queue import block_size
 from teams_hpc.generation.usage import generation_usage
 from teams_hpc.storage.run_dir import RunDir
 
@@ -26,6 +36,22 @@ def step(self):
     time.sleep(0.02)
     return real(self)
 TemplateEngine.step = step
+from teams_hpc.cli import main
+main(["stage", "generate", *sys.argv[1:]])
+"""
+
+
+# The same, but each rank says which units it publishes.
+WATCHED = """
+import sys
+from teams_hpc.generation import worker
+from teams_hpc.runtime.ranks import read_ranks
+real = worker.publish_unit
+def publish_unit(run_dir, log, *rest):
+    sys.stdout.write(f"{read_ranks().rank} {log.unit}\\n")
+    sys.stdout.flush()
+    return real(run_dir, log, *rest)
+worker.publish_unit = publish_unit
 from teams_hpc.cli import main
 main(["stage", "generate", *sys.argv[1:]])
 """
@@ -51,17 +77,65 @@ def test_any_number_of_ranks_makes_the_same_rows(size: int, quiet: RunDir, tmp_p
     run_dir = make_run(tmp_path / "run")
     done = run_ranks(size, "-m", "teams_hpc", "stage", "generate", str(run_dir.root))
     assert done.returncode == 0, done.stderr
-    assert f"MPI joined {size} processes" in done.stderr
+    assert joined(size) in done.stderr
     assert manifest(run_dir)["units"] == manifest(quiet)["units"]
-    assert expert_calls(run_dir) == expert_calls(quiet)
+    assert manifest(run_dir)["usage"] == manifest(quiet)["usage"]
     assert list(run_dir.leases.glob("block-*")) == []
 
 
-def start(size: int, root: Path, *words: str) -> subprocess.Popen[bytes]:
-    argv = (*(mpiexec(size) if size > 1 else ()), sys.executable, "-c", SLOW, str(root), *words)
-    return subprocess.Popen(
-        argv, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+def test_ranks_that_share_a_block_make_the_same_rows(tmp_path: Path) -> None:
+    """With so many units a block has several, and the ranks of a step work in it together."""
+    changes = {
+        "seeds": {"limit": 128},
+        "generate": {"num_trajectories": 1, "num_steps": 1, "unit_size": 1},
+    }
+    alone, together = (make_run(tmp_path / name, **changes) for name in ("alone", "together"))
+    assert subprocess.run(
+        (sys.executable, "-m", "teams_hpc", "stage", "generate", str(alone.root)),
+        env=environment(),
+        timeout=120,
+        check=True,
     )
+    done = run_ranks(4, "-c", WATCHED, str(together.root))
+    assert done.returncode == 0, done.stderr
+    assert joined(4) in done.stderr
+    assert block_size(len(manifest(together)["units"])) == 2
+    assert manifest(together)["units"] == manifest(alone)["units"]
+    assert manifest(together)["usage"] == manifest(alone)["usage"]
+    ranks_of_block: dict[int, set[str]] = defaultdict(set)
+    units = Counter[int]()
+    for line in done.stdout.splitlines():
+        rank, unit = line.split()
+        ranks_of_block[int(unit) // 2].add(rank)
+        units[int(unit)] += 1
+    assert set(units.values()) == {1}
+    assert len(units) == 128
+    assert set.union(*ranks_of_block.values()) == {"0", "1", "2", "3"}
+    assert max(map(len, ranks_of_block.values())) == 2
+
+
+def start(size: int, root: Path, *words: str) -> subprocess.Popen[bytes]:
+    """One process, or several that MPI joins, whose log is then `log_of` this run."""
+    argv = (*(mpiexec(size) if size > 1 else ()), sys.executable, "-c", SLOW, str(root), *words)
+    with (log_of(root) if size > 1 else Path(os.devnull)).open("wb") as log:
+        return subprocess.Popen(argv, env=environment(), stdout=subprocess.DEVNULL, stderr=log)
+
+
+def log_of(root: Path) -> Path:
+    """What the last ranks that MPI joined have said."""
+    return root.with_name(f"{root.name}.log")
+
+
+def joined(size: int) -> str:
+    """What a rank says where MPI didn't leave every process in a world of its own."""
+    return f"MPI joined {size} processes"
+
+
+def wait_until_joined(size: int, root: Path) -> None:
+    deadline = time.monotonic() + 60
+    while joined(size) not in log_of(root).read_text(encoding="utf-8"):
+        assert time.monotonic() < deadline, log_of(root).read_text(encoding="utf-8")
+        time.sleep(0.01)
 
 
 @dataclass(frozen=True)
@@ -73,7 +147,9 @@ class World:
 
     def start(self, root: Path) -> list[subprocess.Popen[bytes]]:
         if self.name == "mpiexec":
-            return [start(self.size, root)]
+            processes = [start(self.size, root)]
+            wait_until_joined(self.size, root)
+            return processes
         return [start(1, root, "--index", str(index)) for index in range(self.size)]
 
 
@@ -170,14 +246,20 @@ def chaos(run_dir: RunDir, kills: int, seed: int) -> Chaos:
         if found.num_cut == kills or run_dir.manifest("generate").exists():
             break
     if not run_dir.manifest("generate").exists():
-        assert start(2, run_dir.root).wait(timeout=200) == 0
+        run_to_the_end(2, run_dir.root)
     return found
+
+
+def run_to_the_end(size: int, root: Path) -> None:
+    process = start(size, root)
+    wait_until_joined(size, root)
+    assert process.wait(timeout=200) == 0
 
 
 def assert_nothing_lost_or_repeated(run_dir: RunDir, quiet: RunDir) -> None:
     assert manifest(run_dir)["units"] == manifest(quiet)["units"]
     assert manifest(run_dir)["sha256"] == manifest(quiet)["sha256"]
-    assert expert_calls(run_dir)[0] == expert_calls(quiet)[0]
+    assert usage_done(run_dir) == usage_done(quiet)
 
 
 def assert_few_in_doubt(run_dir: RunDir, found: Chaos) -> None:
@@ -194,11 +276,30 @@ def test_killed_ranks_cost_nothing_durable(quiet: RunDir, tmp_path: Path) -> Non
     assert_few_in_doubt(run_dir, found)
 
 
+def test_bare_processes_finish_what_a_killed_one_has_begun(quiet: RunDir, tmp_path: Path) -> None:
+    """As without MPI on a cluster: one dies alone, and its peers need no restart."""
+    run_dir = make_run(tmp_path / "run")
+    victim, *others = World("bare", 3).start(run_dir.root)
+    deadline = time.monotonic() + 60
+    while not (cut := [name for name in begun(run_dir) if f"-{victim.pid}-" in name]):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    victim.kill()
+    victim.wait(timeout=60)
+    assert begun(run_dir).intersection(cut), "it was killed between two units"
+    assert [one.poll() for one in others] == [None, None]
+    assert [one.wait(timeout=120) for one in others] == [0, 0]
+    assert_nothing_lost_or_repeated(run_dir, quiet)
+    assert expert_calls(run_dir)[1] <= UNIT_SIZE
+
+
 @pytest.mark.chaos
 def test_many_kills(tmp_path: Path) -> None:
     changes = {"seeds": {"limit": 150}, "generate": {"num_trajectories": 6}}
     calm = make_run(tmp_path / "calm", **changes)
-    assert run_ranks(2, "-m", "teams_hpc", "stage", "generate", str(calm.root)).returncode == 0
+    done = run_ranks(2, "-m", "teams_hpc", "stage", "generate", str(calm.root))
+    assert done.returncode == 0, done.stderr
+    assert joined(2) in done.stderr
     run_dir = make_run(tmp_path / "run", **changes)
     found = chaos(run_dir, kills=25, seed=2)
     assert found.num_cut >= 20
@@ -210,6 +311,7 @@ def test_many_kills(tmp_path: Path) -> None:
 def test_a_stop_of_one_rank_stops_all_at_a_safe_point(quiet: RunDir, tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run")
     process = start(4, run_dir.root)
+    wait_until_joined(4, run_dir.root)
     deadline = time.monotonic() + 60
     while not has_begun(run_dir):
         assert time.monotonic() < deadline
@@ -217,7 +319,7 @@ def test_a_stop_of_one_rank_stops_all_at_a_safe_point(quiet: RunDir, tmp_path: P
     os.kill(ranks_of(run_dir.root)[-1], signal.SIGUSR2)
     assert process.wait(timeout=60) == 144
     assert not run_dir.manifest("generate").exists()
-    assert start(3, run_dir.root).wait(timeout=120) == 0
+    run_to_the_end(3, run_dir.root)
     assert_nothing_lost_or_repeated(run_dir, quiet)
     assert expert_calls(run_dir)[1] == 0  # nothing in doubt: it was safe
 
@@ -226,6 +328,7 @@ def test_one_failing_rank_ends_the_step_and_says_why(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", budget={"max_expert_calls": 40})
     done = run_ranks(2, "-m", "teams_hpc", "stage", "generate", str(run_dir.root))
     assert done.returncode == 1
+    assert joined(2) in done.stderr
     texts = [path.read_text() for path in run_dir.metrics.glob("*.error.txt")]
     assert texts
     assert all("stopped at the budget" in text for text in texts)
@@ -250,6 +353,7 @@ def test_a_real_model_in_fixed_batches_gives_the_same_rows(
         words = ("-m", "teams_hpc", "stage", "generate", str(run_dir.root))
         done = run_ranks(size, *words, timeout=250)
         assert done.returncode == 0, done.stderr
+        assert (joined(size) in done.stderr) == (size > 1)
         assert manifest(run_dir)["exactness"] == "exact"
         found.append(manifest(run_dir)["units"])
     assert found[0] == found[1]

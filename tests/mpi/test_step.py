@@ -1,6 +1,5 @@
 """What the processes of a step share: each number once, notes, a wish to stop; and how they end."""
 
-import collections
 import subprocess
 import sys
 import time
@@ -16,13 +15,18 @@ from teams_hpc.runtime.step import SoloStep, joined_step
 
 SHARE = """
 import sys, time
+from pathlib import Path
 from teams_hpc.runtime.ranks import read_ranks
 from teams_hpc.runtime.step import joined_step
+folder = Path(sys.argv[1])
 with joined_step(read_ranks(), needs_mpi=True) as step:
     step.show(100 + step.rank)
-    if step.rank == 0:
-        time.sleep(0.5)  # the others draw meanwhile: rank 0 is no dispatcher
+    deadline = time.monotonic() + 30
+    while step.rank == 0 and len(list(folder.iterdir())) < step.size - 1:
+        assert time.monotonic() < deadline, "nobody draws while rank 0 is asleep"
+        time.sleep(0.1)  # it calls nothing of MPI: rank 0 is no dispatcher
     drawn = [step.take_number() for _ in range(50)]
+    (folder / str(step.rank)).touch()
     if step.rank == 1:
         step.write_note(3, 77)
         step.ask_to_stop()
@@ -34,14 +38,16 @@ sys.stdout.write(line + "\\n")
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_numbers_are_drawn_once_and_notes_are_seen(size: int) -> None:
-    done = run_ranks(size, "-c", SHARE)
+def test_numbers_are_drawn_once_and_notes_are_seen(size: int, tmp_path: Path) -> None:
+    done = run_ranks(size, "-c", SHARE, str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = [line.split(" ") for line in done.stdout.splitlines()]
     assert sorted(line[0] for line in lines) == [f"{rank}/{size}" for rank in range(size)]
     assert {line[1] for line in lines} == {str([*range(100, 100 + size)]).replace(", ", ",")}
-    drawn = collections.Counter(n for line in lines for n in line[2].strip("[]").split(","))
-    assert drawn == {str(number): 1 for number in range(50 * size)}
+    drawn = {line[0]: [int(n) for n in line[2].strip("[]").split(",")] for line in lines}
+    assert sorted(n for own in drawn.values() for n in own) == [*range(50 * size)]
+    # Rank 0 slept until the others had drawn all of theirs.
+    assert drawn[f"0/{size}"] == [*range(50 * (size - 1), 50 * size)]
 
 
 def test_processes_that_were_not_joined_are_refused() -> None:

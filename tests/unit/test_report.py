@@ -1,20 +1,30 @@
 """Pieces of the report: escaping, self-containment, plots, and the status line."""
 
+import html
 import io
+import json
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from teams_hpc.config import Config
+from teams_hpc.llm.ledger import Ledger
 from teams_hpc.report import page, plots, sections
+from teams_hpc.report.html import _header
 from teams_hpc.report.status import (
     RunStatus,
     StageProgress,
     StageStatus,
     format_seconds,
+    read_status,
+    status_json,
     status_table,
 )
 from teams_hpc.report.verify import generation_balance
+from teams_hpc.storage.atomic import write_json
+from teams_hpc.storage.run_dir import RunDir
 
 
 def test_everything_from_outside_is_escaped() -> None:
@@ -91,6 +101,28 @@ def test_status_shows_brackets_as_they_are() -> None:
         budget=None,
         usage={},
     )
+    assert "prompt has [/INST]" in shown(status)
+
+
+def shown(status: RunStatus) -> str:
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(status_table(status))
-    assert "prompt has [/INST]" in console.export_text()
+    return console.export_text()
+
+
+def test_experts_calls_are_shown_as_a_share_of_wizardlms(tmp_path: Path) -> None:
+    """12,480 of 624,000 are 2 %; other roles' calls are no part of it."""
+    config, run_dir = Config(name="a", run_dir=tmp_path), RunDir(tmp_path)
+    ledger = Ledger()
+    ledger.of("expert", "m").calls = 12_480
+    ledger.of("reviewer", "m").calls = 100
+    write_json(run_dir.manifest("generate"), {"schema": 1, "usage": ledger.to_json()})
+    status = read_status(run_dir, config)
+    assert json.loads(status_json(status))["wizardlm_share"] == 0.02
+    assert "expert calls 12,480 (no limit; 2.000 % of WizardLM's 624,000)" in shown(status)
+    part = sections.ledger_section({"generate": ledger})
+    assert "12,480 expert calls are 2.000 % of WizardLM's about 624,000" in html.unescape(part)
+    queries = {"expert_calls": 12_480, "share_of_wizardlm": 0.02}
+    evaluation = {"queries": queries, "membership": {"tuned": {"auc": None, "note": ""}}}
+    cards = _header(config, {"generate": {}, "dataset": {}, "sft": {}, "evaluate": evaluation})
+    assert "2.000 % of WizardLM's 624,000" in html.unescape(cards)
