@@ -55,7 +55,7 @@ from mpi.launch import environment, missing_mpi, mpiexec  # noqa: E402
 
 from teams_hpc.config import Config  # noqa: E402
 from teams_hpc.config.schema import HttpEngineConfig  # noqa: E402
-from teams_hpc.generation import worker  # noqa: E402
+from teams_hpc.generation import equipment, worker  # noqa: E402
 from teams_hpc.generation.plan import settle_plan  # noqa: E402
 from teams_hpc.llm.base import Completion, Engine, Request, Score, ScoreRequest  # noqa: E402
 from teams_hpc.llm.load import load_engine  # noqa: E402
@@ -232,7 +232,7 @@ def run_child(root: Path, load: Load) -> None:
         expert = load_engine(
             HttpEngineConfig(base_url=server, model="stub", max_concurrency=load.slots)
         )
-    worker.load_engines = lambda *_: [expert, StubEngine(load.slots, 0.0)]
+    equipment.load_engines = lambda *_, **__: [expert, StubEngine(load.slots, 0.0)]
     work: list[float] = []
     finish: list[float] = []
     units: list[float] = []

@@ -10,14 +10,12 @@ from functools import partial
 from typing import Any
 
 from teams_hpc.config import Config
-from teams_hpc.config.schema import EngineConfig, TransformersEngineConfig
 from teams_hpc.errors import BudgetError, EngineError
 from teams_hpc.generation.budget import Budget
-from teams_hpc.generation.calls import CallDigests, Calls, ClaimLost, fixed_batch_size
-from teams_hpc.generation.engine_ahead import EngineAhead
+from teams_hpc.generation.calls import Calls, ClaimLost, fixed_batch_size
+from teams_hpc.generation.equipment import Equipment
 from teams_hpc.generation.evolve import Chain, Row, Steering
-from teams_hpc.generation.guide import Guide
-from teams_hpc.generation.outcome import Counts, describe_engine, publish_unit, write_outcome
+from teams_hpc.generation.outcome import Counts, publish_unit, write_outcome
 from teams_hpc.generation.plan import Plan, settle_plan
 from teams_hpc.generation.published import (
     PublishedLines,
@@ -34,12 +32,9 @@ from teams_hpc.generation.retry import (
     settle_retry,
     usage_before,
 )
-from teams_hpc.generation.shared_engine import EnginePort, share_engine
 from teams_hpc.generation.unit import UnitRunner
 from teams_hpc.generation.unit_log import UnitLog
-from teams_hpc.llm.base import Engine
 from teams_hpc.llm.ledger import Ledger
-from teams_hpc.llm.load import load_engines
 from teams_hpc.rewriting.reviewer import Reviewer
 from teams_hpc.runtime.garbage import seldom_collected
 from teams_hpc.runtime.metrics import Progress
@@ -105,62 +100,6 @@ def _check_claim(log: UnitLog, claim: Claim) -> None:
         raise ClaimLost
 
 
-def _slots_to_refill(config: EngineConfig) -> int | None:
-    """Requests of a batch where it may be formed before all of the last one's followers are there.
-
-    None where that would change batches that have to stay (`fixed`), and for engines that lose no
-    time: served ones work on by themselves.
-    """
-    if isinstance(config, TransformersEngineConfig) and config.batching == "refill":
-        return config.batch_size
-    return None
-
-
-@dataclass(slots=True)
-class _Equipment:
-    """What a worker needs to run units; loaded only once there is one to run."""
-
-    guide: Guide
-    expert: Engine
-    reviewer: Engine
-    steering: Steering
-    digests: CallDigests
-
-    @classmethod
-    def load(cls, run_dir: RunDir, config: Config) -> "_Equipment":
-        guide = Guide.load(run_dir, config)
-        limited = None if config.budget.max_expert_calls is None else config.expert
-        expert, reviewer = load_engines(config.expert, config.reviewer, limited=limited)
-        if expert is reviewer and config.reviewer.verdict == "generated":
-            expert, reviewer = share_engine(expert)
-        elif expert is not reviewer and (slots := _slots_to_refill(config.expert)) is not None:
-            expert = EngineAhead(expert, slots)
-        steering = Steering(
-            run_seed=config.seed,
-            settings=config.generate,
-            policy=guide.policy,
-            member=guide.member,
-            observer=guide.observer,
-            expert=expert.content_id,
-        )
-        judge = Reviewer(reviewer, config.reviewer.verdict, Ledger())
-        digests = CallDigests.make(expert, config.expert, judge, config.reviewer)
-        return cls(guide, expert, reviewer, steering, digests)
-
-    def close(self) -> None:
-        """Close each engine once."""
-        self.guide.close()
-        self.expert.close()
-        if self.reviewer is not self.expert and not isinstance(self.reviewer, EnginePort):
-            self.reviewer.close()
-
-    def engines(self) -> dict[str, dict[str, object]]:
-        return {
-            "expert": describe_engine(self.expert),
-            "reviewer": describe_engine(self.reviewer),
-        }
-
-
 @dataclass(slots=True)
 class _Worker:
     run_dir: RunDir
@@ -169,7 +108,7 @@ class _Worker:
     retry: Retry | None
     step: Step
     stop: StopFlag
-    _equipment: _Equipment | None = None
+    _equipment: Equipment | None = None
     _queue: UnitQueue | None = None
     _publisher: Publisher = field(default_factory=Publisher)
     _has_success: bool = False
@@ -295,9 +234,9 @@ class _Worker:
             if time.monotonic() - self._shown > _SHOW_EVERY_S:
                 self._show_progress(counts)
 
-    def _equip(self) -> _Equipment:
+    def _equip(self) -> Equipment:
         if self._equipment is None:
-            self._equipment = _Equipment.load(self.run_dir, self.config)
+            self._equipment = Equipment.load(self.run_dir, self.config)
         return self._equipment
 
     def _is_untouched(self, unit: int) -> bool:
@@ -311,7 +250,7 @@ class _Worker:
             num_chains = self.retry.failed_chains[unit]
         return num_chains * (2 * steps if self.config.generate.answer == "every" else steps + 1)
 
-    def _run(self, log: UnitLog, claim: Claim, equipment: _Equipment) -> list[Row]:
+    def _run(self, log: UnitLog, claim: Claim, equipment: Equipment) -> list[Row]:
         """The unit's rows; the one before is published by then."""
         chains, rows_of_chains = self._chains(log.unit, equipment.steering)
         calls = Calls(

@@ -9,7 +9,7 @@ import pytest
 
 from teams_hpc.config import Config
 from teams_hpc.errors import EngineError
-from teams_hpc.generation import worker
+from teams_hpc.generation import equipment
 from teams_hpc.generation.engine_ahead import EngineAhead
 from teams_hpc.llm.base import Completion, Engine, Message, Request, Score, ScoreRequest, Task
 from teams_hpc.storage.run_dir import RunDir
@@ -155,8 +155,8 @@ def test_only_batches_that_may_change_are_formed_early(
     )
     first = Gated()
     engines: list[Engine] = [first, first if is_shared else Gated()]  # type: ignore[list-item]
-    monkeypatch.setattr(worker, "load_engines", lambda *_, **__: engines)
-    equipment = worker._Equipment.load(RunDir(tmp_path), config)
-    assert isinstance(equipment.expert, EngineAhead) == is_ahead
-    equipment.close()
+    monkeypatch.setattr(equipment, "load_engines", lambda *_, **__: engines)
+    made = equipment.Equipment.load(RunDir(tmp_path), config)
+    assert isinstance(made.expert, EngineAhead) == is_ahead
+    made.close()
     assert first.is_closed
