@@ -310,6 +310,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     warnings.filterwarnings("ignore")
+    torch.set_num_threads(arguments.threads)  # of the ways that aren't engines
     measured_at, ran_on = commit(), machine()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -368,6 +368,8 @@ def print_table(name: str, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engines", default="template,pocket")
     parser.add_argument("--model", type=Path, default=POCKET, help="of the engine `pocket`")
@@ -380,6 +382,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the engine `pocket`")
     parser.add_argument("--label", default="", help="added to the name of the results")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)  # of the ways that aren't engines
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, candidate in candidates(arguments, Path(folder) / "llama"):

@@ -44,8 +44,10 @@ def without_hdf5_locks(how: str | None) -> dict[str, str]:
     return plain if how is None else {**plain, "HDF5_USE_FILE_LOCKING": how}
 
 
-def make_llama(folder: Path, chat_template: str | None = None) -> Path:
-    """A Llama of 2 layers, 32 wide, with random weights, and a byte-level tokenizer."""
+def make_llama(
+    folder: Path, chat_template: str | None = None, *, width: int = 32, num_layers: int = 2
+) -> Path:
+    """A Llama, by default of 2 layers, 32 wide, with random weights, and a byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -67,9 +69,9 @@ def make_llama(folder: Path, chat_template: str | None = None) -> Path:
     fast.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(fast),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

@@ -15,11 +15,13 @@ from teams_hpc.config.schema import Config
 
 Inputs = dict[str, Any]
 
+_ROLES = ("instructor", "reviewer", "expert")
+
 _WHERE_AND_HOW_HARD = frozenset(
     {
         *(
             f"{role}.{key}"
-            for role in ("instructor", "reviewer", "expert")
+            for role in _ROLES
             for key in (
                 "device",
                 "base_url",
@@ -125,10 +127,17 @@ def stage_inputs(config: Config, stage: str) -> Inputs:
         if key not in _WHERE_AND_HOW_HARD
         and any(key == prefix or key.startswith(f"{prefix}.") for prefix in STAGE_KEYS[stage])
     }
+    chosen = _without_idle_threads(chosen)
     if stage == "policy":
         unused = {*_SELECTION_KEYS, *_unused_policy_keys(config)}
         return {key: value for key, value in chosen.items() if key not in unused}
     return chosen
+
+
+def _without_idle_threads(inputs: Inputs) -> Inputs:
+    """With null for the threads of engines that aren't `fixed`: any number is as good there."""
+    idle = [f"{role}.threads" for role in _ROLES if inputs.get(f"{role}.batching") != "fixed"]
+    return {**inputs, **{key: None for key in idle if key in inputs}}
 
 
 def _unused_policy_keys(config: Config) -> list[str]:
@@ -144,5 +153,6 @@ def inputs_digest(inputs: Inputs) -> str:
 
 
 def changed_keys(old: Inputs, new: Inputs) -> list[str]:
-    """Dotted keys whose values differ between two sets of inputs."""
+    """Dotted keys whose values differ between two sets of inputs, if only in what they decide."""
+    old, new = _without_idle_threads(old), _without_idle_threads(new)
     return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))

@@ -65,13 +65,19 @@ class TransformersEngineConfig(EngineBase):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: Count = Field(32, description="most requests in one forward batch")
     batching: Literal["fixed", "refill"] = Field(
-        "refill", description="fixed: batches depend on the work unit alone (exact in float32)"
+        "refill",
+        description="fixed: batches depend on the work unit alone (exact in float32 on CPUs, with "
+        "the same threads)",
     )
     prompt_lookup_num_tokens: Annotated[int, Field(ge=0)] = Field(
         8,
         description="tokens to guess ahead in a step where a reply repeats its prompt; 0: none",
     )
-    threads: Count | None = Field(None, description="torch CPU threads a process; null: torch's")
+    threads: Count | None = Field(
+        None,
+        description="torch CPU threads of this engine; null: torch's, but with batching=fixed on "
+        "a CPU one, since the number decides last digits there and launchers change torch's",
+    )
 
 
 class VllmEngineConfig(EngineBase):

@@ -26,6 +26,26 @@ GROUPS = (Fate.TRAIN, Fate.HELD_OUT)
 """The fates that put a row into the data set; the position is its `use` in `dataset.h5`."""
 
 
+def check_against_generation(counts: Mapping[str, int], generated: Mapping[str, Any]) -> list[str]:
+    """Faults between the counts of a data set and those of the generation that it was made of.
+
+    Rows read = steps attempted; rows not kept = eliminated + failed.
+    """
+    faults = []
+    if counts["read"] != generated["attempted"]:
+        faults.append(
+            f"dataset: {counts['read']} rows read, but generation counts "
+            f"{generated['attempted']} attempted"
+        )
+    eliminated, failed = sum(generated["eliminated"].values()), generated["failed"]
+    if counts[Fate.NOT_KEPT] != eliminated + failed:
+        faults.append(
+            f"dataset: {counts[Fate.NOT_KEPT]} rows not kept, but generation counts {eliminated} "
+            f"eliminated + {failed} failed = {eliminated + failed}"
+        )
+    return faults
+
+
 def check_balance(manifest: Mapping[str, Any]) -> list[str]:
     """Faults in the manifest's equations; empty if every row is accounted for.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from teams_hpc.config import Config
 from teams_hpc.config.digest import file_digest, model_content_id
-from teams_hpc.dataset.balance import GROUPS, Fate, check_balance
+from teams_hpc.dataset.balance import GROUPS, Fate, check_against_generation, check_balance
 from teams_hpc.dataset.decontamination import Benchmarks
 from teams_hpc.dataset.filters import FateSorter, count_fates
 from teams_hpc.dataset.packed_file import (
@@ -24,10 +24,10 @@ from teams_hpc.dataset.packed_file import (
     tokenise,
     write_packed,
 )
-from teams_hpc.dataset.sources import Shards
+from teams_hpc.dataset.sources import REMEDY, Shards
 from teams_hpc.dataset.templates import PromptFormat, Row, choose_format
 from teams_hpc.dataset.tokenizer import PreparedTokenizer, prepare_tokenizer
-from teams_hpc.errors import WorkError
+from teams_hpc.errors import CorruptFileError, WorkError
 from teams_hpc.runtime.metrics import Progress
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.atomic import read_json, remove_leftovers
@@ -44,7 +44,8 @@ def build_dataset(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -
     """Filter, merge, tokenise and pack what generation made.
 
     Raises:
-        CorruptFileError: A shard is missing or doesn't match its checksums.
+        CorruptFileError: A shard is missing or doesn't match its checksums, or the rows are not
+            those that generation's manifest counts.
         WorkError: No row is left to train on, a benchmark file can't be read, or the model has no
             usable tokenizer.
         StopRequested: Asked to stop between pieces; nothing half-written stays.
@@ -56,6 +57,8 @@ def build_dataset(run_dir: RunDir, config: Config, index: int, stop: StopFlag) -
     shards = Shards.of(run_dir)
     fates = _settle_fates(run_dir, shards, config, watch)
     counts = count_fates(fates)
+    if faults := check_against_generation(counts, shards.counts):
+        raise CorruptFileError(f"{'; '.join(faults)}; {REMEDY}")
     _refuse_empty(counts)
     data_digest = _write_dataset(run_dir, shards, fates, counts, watch)
     prepared = prepare_tokenizer(

@@ -12,7 +12,7 @@ from teams_hpc.errors import CorruptFileError, WorkError
 from teams_hpc.storage.run_dir import RunDir, read_manifest
 from teams_hpc.storage.shards import Rows, Table
 
-_REMEDY = "make the rows again with --rerun-from generate"
+REMEDY = "make the rows again with --rerun-from generate"
 _ROWS_AT_A_TIME = 1024
 
 
@@ -22,13 +22,18 @@ class Shards:
 
     Attributes:
         digests: SHA-256 over its columns by shard, in plan order, as generation's manifest says.
-        num_rows: Rows in all of them, as generation's manifest says.
+        counts: Rows attempted, kept, eliminated and failed, as generation's manifest says.
         exactness: Whether the same run would give the same rows: `exact` or `statistical`.
     """
 
     digests: Mapping[Path, str]
-    num_rows: int
+    counts: Mapping[str, Any]
     exactness: str
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all of them, as generation's manifest says."""
+        return int(self.counts["attempted"])
 
     @classmethod
     def of(cls, run_dir: RunDir) -> "Shards":
@@ -42,7 +47,7 @@ class Shards:
             raise WorkError("dataset needs generate, which is not done; run generate first")
         return cls(
             {run_dir.shards / name: str(digest) for name, digest in manifest["units"].items()},
-            int(manifest["counts"]["attempted"]),
+            manifest["counts"],
             str(manifest["exactness"]),
         )
 
@@ -58,7 +63,7 @@ class Shards:
                 if not faults and table.attrs["sha256"] != digest:
                     faults = [f"{path} is not the shard that generation's manifest names"]
                 if faults:
-                    raise CorruptFileError(f"{faults[0]}; {_REMEDY}")
+                    raise CorruptFileError(f"{faults[0]}; {REMEDY}")
                 yield from _blocks(table, FATE_COLUMNS)
 
     def blocks(self, columns: Sequence[str]) -> Iterator[Rows]:
@@ -81,11 +86,11 @@ FATE_COLUMNS = (
 
 def _open(path: Path) -> Table:
     if not path.is_file():
-        raise CorruptFileError(f"the shard {path} is missing; {_REMEDY}")
+        raise CorruptFileError(f"the shard {path} is missing; {REMEDY}")
     try:
         return Table.open(path)
     except CorruptFileError as error:
-        raise CorruptFileError(f"{error}; {_REMEDY}") from None
+        raise CorruptFileError(f"{error}; {REMEDY}") from None
 
 
 def _blocks(table: Table, columns: Sequence[str]) -> Iterator[Rows]:

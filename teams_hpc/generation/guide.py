@@ -1,12 +1,13 @@
 """What chooses operations in generation: a policy, with the eyes it was trained with."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from teams_hpc.config import Config, TransformersEngineConfig
 from teams_hpc.config.digest import model_content_id
 from teams_hpc.config.policy import ObservationKind
 from teams_hpc.errors import InputChangedError
+from teams_hpc.generation.outcome import describe_engine
 from teams_hpc.llm.base import Engine
 from teams_hpc.llm.load import as_embedding_engine, load_engine
 from teams_hpc.rewriting.embedding import InstructionEmbedding
@@ -68,6 +69,10 @@ class Guide:
             ),
             eyes=eyes,
         )
+
+    def engines(self) -> dict[str, dict[str, Any]]:
+        """`describe_engine` by role, for the eyes: what they see decides operations, hence rows."""
+        return {} if self.eyes is None else {"instructor": describe_engine(self.eyes)}
 
     def close(self) -> None:
         """Free the instructor, if it was needed."""

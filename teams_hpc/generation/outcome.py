@@ -1,7 +1,7 @@
 """From rows to files: publishing a unit, and declaring the stage done."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from teams_hpc.config.digest import file_digest
@@ -31,23 +31,39 @@ from teams_hpc.storage.shards import (
 )
 
 Counts = dict[str, Any]
+Engines = dict[str, dict[str, Any]]
 _NOT_ELIMINATED = {Reason.NONE, Reason.ENGINE_ERROR}
 
 
 def count_rows(rows: Sequence[Row]) -> Counts:
-    """Attempted = kept + eliminated by reason + failed."""
-    statuses = Counter(row["status"] for row in rows)
-    reasons = Counter(REASONS[row["reason"]] for row in rows if row["status"] == Status.ELIMINATED)
-    counts = {
-        "attempted": len(rows),
-        "kept": statuses[Status.KEPT],
-        "eliminated": {
-            str(reason): reasons[reason] for reason in REASONS if reason not in _NOT_ELIMINATED
-        },
-        "failed": statuses[Status.FAILED],
-    }
+    """Counts of a unit's rows.
+
+    Raises:
+        CorruptFileError: As `check_balance`.
+    """
+    counts = count_outcomes([row["status"] for row in rows], [row["reason"] for row in rows])
     check_balance(counts, "a unit")
     return counts
+
+
+def count_outcomes(statuses: Sequence[int], reasons: Sequence[int]) -> Counts:
+    """Rows attempted, kept, eliminated by reason, and failed, from two columns.
+
+    A row of another status, or eliminated for no reason, is among those attempted alone.
+    """
+    by_status = Counter(statuses)
+    pairs = zip(statuses, reasons, strict=True)
+    by_reason = Counter(reason for status, reason in pairs if status == Status.ELIMINATED)
+    return {
+        "attempted": len(statuses),
+        "kept": by_status[Status.KEPT],
+        "eliminated": {
+            str(reason): by_reason[code]
+            for code, reason in enumerate(REASONS)
+            if reason not in _NOT_ELIMINATED
+        },
+        "failed": by_status[Status.FAILED],
+    }
 
 
 def check_balance(counts: Counts, what: str) -> None:
@@ -86,11 +102,24 @@ def describe_engine(engine: Engine) -> dict[str, Any]:
     }
 
 
+def weakest_engines(engines: Iterable[Mapping[str, dict[str, Any]]]) -> Engines:
+    """By role, of what `describe_engine` said in several places, the first that isn't exact.
+
+    One run's places may differ: which device a model is on is no part of the run's inputs.
+    """
+    weakest: Engines = {}
+    for by_role in engines:
+        for role, engine in by_role.items():
+            if role not in weakest or weakest[role]["exactness"] == "exact":
+                weakest[role] = engine
+    return weakest
+
+
 def publish_unit(
     run_dir: RunDir,
     log: UnitLog,
     rows: Sequence[Row],
-    engines: Mapping[str, Any],
+    engines: Mapping[str, dict[str, Any]],
     lines: PublishedLines,
     before: Ledger | None = None,
 ) -> Counts:
@@ -117,12 +146,16 @@ def publish_unit(
     path = run_dir.shard(log.unit) if before is None else run_dir.retried_shard(log.unit)
     usage = log.usage()
     usage.merge(before or Ledger())
+    rows_before = []
+    if before is not None:  # some of its rows are taken over
+        with Table.open(run_dir.shard(log.unit)) as table:
+            rows_before.append(table.attrs["engines"])
     attrs = {
         "unit": log.unit,
         "digest": log.digest,
         "counts": counts,
         "length_rule": count_length_rule(rows),
-        "engines": dict(engines),
+        "engines": weakest_engines([*rows_before, engines]),
         "usage": usage.to_json(),
         "journals": log.file_names,
     }
@@ -138,10 +171,11 @@ def publish_unit(
     return counts
 
 
-def _add(total: Counts, more: Mapping[str, Any]) -> None:
+def add_counts(total: Counts, more: Mapping[str, Any]) -> None:
+    """Add to each number of `total`, at any depth, that of `more`."""
     for key, value in more.items():
         if isinstance(value, Mapping):
-            _add(total.setdefault(key, {}), value)
+            add_counts(total.setdefault(key, {}), value)
         else:
             total[key] = total.get(key, 0) + value
 
@@ -173,7 +207,7 @@ def write_outcome(run_dir: RunDir, plan: Plan, digest: str) -> Counts:
     counts: Counts = {}
     length_rule: Counts = {}
     units: dict[str, str] = {}
-    engines: dict[str, dict[str, Any]] = {}
+    engines: Engines = {}
     published = PublishedUnits(run_dir)
     for unit, attrs in published.attrs(range(plan.num_units)).items():
         path = run_dir.shard(unit)
@@ -182,10 +216,15 @@ def write_outcome(run_dir: RunDir, plan: Plan, digest: str) -> Counts:
                 f"{path} is not unit {unit} of this plan; run again with --rerun-from generate"
             )
         check_balance(attrs["counts"], str(path))
-        _add(counts, attrs["counts"])
-        _add(length_rule, attrs["length_rule"])
+        if attrs["counts"]["attempted"] != attrs["num_rows"]:
+            raise CorruptFileError(
+                f"{path} has {attrs['num_rows']} rows, but counts {attrs['counts']['attempted']}; "
+                "run again with --rerun-from generate"
+            )
+        add_counts(counts, attrs["counts"])
+        add_counts(length_rule, attrs["length_rule"])
         units[path.name] = attrs["sha256"]
-        engines = attrs["engines"]
+        engines = weakest_engines([engines, attrs["engines"]])
     _refuse_empty(run_dir, counts)
     is_exact = all(engine["exactness"] == "exact" for engine in engines.values())
     content = {

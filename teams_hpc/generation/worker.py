@@ -227,7 +227,8 @@ class _Worker:
         with ending:
             before = usage_before(self.run_dir, log.unit) if self.retry is not None else None
             _check_claim(log, claim)
-            engines = self._equip().engines()
+            equipment = self._equip()
+            engines = equipment.engines() | equipment.guide.engines()
             counts = publish_unit(self.run_dir, log, rows, engines, self._lines, before)
             kept = counts["kept"]
             _log.info("unit %d: %d rows, %d kept", log.unit, counts["attempted"], kept)

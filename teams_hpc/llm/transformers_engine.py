@@ -2,11 +2,13 @@
 
 Sampling is keyed: each request draws its own noise from its seed and the position (the Gumbel-max
 trick), so what it is batched with does not change which token is drawn. In float32 on a CPU with
-`batching: fixed` that is exact; in bfloat16 or on a GPU the logits themselves may depend on the
-batch, and results are statistical.
+`batching: fixed` that is exact: there the engine works with a number of threads that is part of the
+configuration, because sums are divided among threads, and launchers set torch's number. In bfloat16
+or on a GPU the logits themselves may depend on the batch, and results are statistical.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -45,10 +47,11 @@ class TransformersEngine:
     """
 
     def __init__(self, config: TransformersEngineConfig) -> None:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         self._config = config
         self._device = find_device(config.device)
+        self._threads = config.threads
+        if config.threads is None and config.batching == "fixed" and self._device.type == "cpu":
+            self._threads = 1
         tokenizer, self._model = load_model(config, self._device)
         self._content_id = model_content_id(config.model)
         stops = stop_ids(tokenizer, self._model.generation_config, config.model)
@@ -102,7 +105,7 @@ class TransformersEngine:
         if self._config.batching == "fixed":
             wanted = self.num_pending
         done: list[Completion] = []
-        with enough_memory(self._config), torch.inference_mode():
+        with self._at_work():
             while self.num_pending and len(done) < wanted:
                 done += self._admit()
                 if len(self._decoder):
@@ -123,7 +126,7 @@ class TransformersEngine:
         scores: dict[int, Score] = {}
         for start in range(0, len(order), self._config.batch_size):
             chosen = order[start : start + self._config.batch_size]
-            with enough_memory(self._config), torch.inference_mode():
+            with self._at_work():
                 sums = score_batch(self._model, [encoded[index] for index in chosen], self._pad_id)
             for index, log_probabilities in zip(chosen, sums, strict=True):
                 scores[index] = Score(
@@ -137,12 +140,25 @@ class TransformersEngine:
         pooled = []
         for text in texts:
             ids = self._chat.plain(text)[: self._chat.longest] or [self._pad_id]
-            with enough_memory(self._config), torch.inference_mode():
+            with self._at_work():
                 output = self._model.base_model(
                     input_ids=torch.tensor([ids], device=self._device), use_cache=False
                 )
             pooled.append(output.last_hidden_state[0].float().mean(0).cpu())
         return torch.stack(pooled).numpy()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """With this engine's threads: torch has one number for all, and one for each OS thread."""
+        before = torch.get_num_threads()
+        if self._threads is not None and self._threads != before:
+            torch.set_num_threads(self._threads)
+        try:
+            with enough_memory(self._config), torch.inference_mode():
+                yield
+        finally:
+            if torch.get_num_threads() != before:
+                torch.set_num_threads(before)
 
     def close(self) -> None:
         """Free the model."""

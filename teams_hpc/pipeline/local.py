@@ -1,6 +1,5 @@
 """Running the stages on this machine, each in processes of its own."""
 
-import os
 import socket
 import sys
 import time
@@ -17,6 +16,7 @@ from teams_hpc.pipeline.retry import begin_retry
 from teams_hpc.pipeline.room import room_faults
 from teams_hpc.pipeline.start import prepared_run
 from teams_hpc.pipeline.task import error_path
+from teams_hpc.runtime.gpus import GPUS_VARIABLE, own_gpus
 from teams_hpc.runtime.metrics import append_metrics
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.runtime.processes import Task, TaskGroup
@@ -150,10 +150,10 @@ def stage_tasks(run_dir: RunDir, config: Config, stage: Stage) -> list[Task]:
         name = task_name(stage, index)
         if stage.form == "ranks":
             environment |= {"RANK": str(index), "LOCAL_RANK": str(index)}
-        elif config.site.gpus_per_node:
-            environment["CUDA_VISIBLE_DEVICES"] = _visible_devices(
-                index, config.site.gpus_per_node, config.gpus_of_process(stage.name)
-            )
+        else:
+            count, num_gpus = config.gpus_of_process(stage.name), config.site.gpus_per_node
+            gpus = own_gpus(index, count, num_gpus)
+            environment |= {} if gpus is None else {GPUS_VARIABLE: gpus}
         argv = (sys.executable, "-m", "teams_hpc", "stage", stage.name, str(run_dir.root))
         tasks.append(
             Task(
@@ -164,15 +164,6 @@ def stage_tasks(run_dir: RunDir, config: Config, stage: Stage) -> list[Task]:
             )
         )
     return tasks
-
-
-def _visible_devices(index: int, num_gpus: int, count: int) -> str:
-    """The GPUs of worker `index`, out of those this process may see; `count` where there are."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(number) for number in range(num_gpus)]
-    devices = devices[:num_gpus]
-    first = index % max(1, len(devices) // count) * count
-    return ",".join(devices[first : first + count])
 
 
 def _rendezvous(world_size: int) -> dict[str, str]:

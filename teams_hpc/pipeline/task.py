@@ -6,12 +6,14 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from teams_hpc.config import Config
 from teams_hpc.errors import StopRequested, TeamsError
 from teams_hpc.pipeline.graph import Stage, find_stage, task_name
 from teams_hpc.pipeline.inputs import prepare_stage
 from teams_hpc.pipeline.staging import staged
 from teams_hpc.pipeline.start import open_run
 from teams_hpc.pipeline.starts import mark_stopped, record_start
+from teams_hpc.runtime.gpus import GPUS_VARIABLE, own_gpus
 from teams_hpc.runtime.logs import setup_logging
 from teams_hpc.runtime.preemption import (
     PARENT_VARIABLE,
@@ -57,7 +59,7 @@ def run_task(name: str, root: Path, index: int) -> None:
     index = _own_index(stage, index, ranks)
     task = task_name(stage, index)
     if stage.form == "workers":
-        _take_own_gpus(ranks)
+        _take_own_gpus(config, stage, ranks)
     in_slurm = "SLURM_STEP_ID" in os.environ and PARENT_VARIABLE not in os.environ
     if in_slurm:
         _write_to_log(run_dir, task)
@@ -93,13 +95,14 @@ def _own_index(stage: Stage, index: int, ranks: Ranks) -> int:
     return ranks.rank if stage.form == "ranks" else index
 
 
-def _take_own_gpus(ranks: Ranks) -> None:
-    """Of the GPUs that all processes of this node see, use an equal share, in order."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    share = len(visible) // ranks.local_world_size
-    if visible != [""] and ranks.local_world_size > 1 and share:
-        own = visible[ranks.local_rank * share : (ranks.local_rank + 1) * share]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+def _take_own_gpus(config: Config, stage: Stage, ranks: Ranks) -> None:
+    """Share a node's GPUs with those that a launcher started here too; `run` has done so itself."""
+    if ranks.local_world_size == 1:
+        return
+    count = config.gpus_of_process(stage.name)
+    gpus = own_gpus(ranks.local_rank, count, config.site.gpus_per_node)
+    if gpus is not None:
+        os.environ[GPUS_VARIABLE] = gpus
 
 
 def _write_to_log(run_dir: RunDir, task: str) -> None:

@@ -25,6 +25,8 @@ from teams_hpc.dataset.build import build_dataset
 from teams_hpc.dataset.export import export_dataset
 from teams_hpc.dataset.templates import alpaca_prompt
 from teams_hpc.errors import CorruptFileError, StopRequested, WorkError
+from teams_hpc.generation.outcome import count_rows
+from teams_hpc.rewriting.elimination import REASONS, Reason
 from teams_hpc.rewriting.splits import SPLITS
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.atomic import write_json
@@ -32,6 +34,7 @@ from teams_hpc.storage.run_dir import RunDir, read_manifest, write_manifest
 from teams_hpc.storage.shards import ROW_COLUMNS, Finish, Status, Table, TableWriter
 
 PROJECT = Path(__file__).parents[2]
+EQUAL = REASONS.index(Reason.EQUAL)
 HELD_OUT = SPLITS.index("sft_held_out")
 VERBS = ("Describe", "Compare", "Explain", "Sketch", "Rank", "Translate", "Summarise", "Question")
 THINGS = ("rivers", "prime numbers", "violins", "tax law", "glaciers", "compilers", "bees", "opera")
@@ -80,7 +83,7 @@ def special_rows() -> list[tuple[str, dict[str, Any]]]:
     long = "Write forty words on how the old lighthouse keeper spent every single evening of winter"
     held = "List the nine planets known before 2006 with their moons, ordered by their distance"
     return [
-        ("not_kept", row(1, "Eliminated.", status=Status.ELIMINATED)),
+        ("not_kept", row(1, "Eliminated.", status=Status.ELIMINATED, reason=EQUAL)),
         ("not_kept", row(2, "Failed.", response="", status=Status.FAILED)),
         ("unanswered", row(3, "Never answered.", response="", answer_finish=Finish.NONE)),
         ("unanswered", row(4, "Answered with nothing.", response=" \n")),
@@ -114,7 +117,7 @@ def make_run(root: Path, shards: Sequence[Sequence[Mapping[str, Any]]]) -> RunDi
             names = [column.name for column in ROW_COLUMNS]
             writer.append({name: [row[name] for row in rows] for name in names})
             units[run_dir.shard(unit).name] = writer.close({"digest": "digest of generate"})
-    counts = {"attempted": sum(map(len, shards))}
+    counts = count_rows([row for rows in shards for row in rows])
     content = {"counts": counts, "units": units, "exactness": "exact"}
     write_manifest(run_dir, "generate", content)
     return run_dir
@@ -283,8 +286,34 @@ def test_a_damaged_missing_or_foreign_shard_is_refused_with_a_remedy(tmp_path: P
     build_dataset(run_dir, config, 0, StopFlag())
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attempted": 21, "kept": 20}, "20 rows read, but generation counts 21 attempted"),
+        ({"kept": 20, "failed": 0}, r"1 rows not kept, .* 0 eliminated \+ 0 failed = 0"),
+        ({"eliminated": {"equal": 2}}, r"1 rows not kept, .* 2 eliminated \+ 1 failed = 3"),
+    ],
+)
+def test_rows_that_generation_does_not_count_are_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    rows = [*plain_rows(19), row(1, "Failed.", status=Status.FAILED)]
+    run_dir = make_run(tmp_path / "run", in_units(rows, 5))
+    manifest = read_manifest(run_dir, "generate")
+    assert manifest is not None
+    whole = {**manifest, "counts": manifest["counts"] | changes}
+    write_manifest(run_dir, "generate", whole)
+    with pytest.raises(CorruptFileError, match=f"{said}.*--rerun-from generate"):
+        build_dataset(run_dir, make_config(tmp_path), 0, StopFlag())
+    assert not run_dir.manifest("dataset").exists()
+    assert not run_dir.dataset_rows.exists()
+
+
 def test_without_rows_to_train_on_it_fails_and_says_why(tmp_path: Path) -> None:
-    rows = [row(1, "Held out.", split=HELD_OUT), row(2, "Gone.", status=Status.ELIMINATED)]
+    rows = [
+        row(1, "Held out.", split=HELD_OUT),
+        row(2, "Gone.", status=Status.ELIMINATED, reason=EQUAL),
+    ]
     run_dir = make_run(tmp_path / "run", [rows])
     with pytest.raises(WorkError, match=r"of 2 rows 1 not_kept, 1 held_out; .*seeds\.limit"):
         build_dataset(run_dir, make_config(tmp_path), 0, StopFlag())

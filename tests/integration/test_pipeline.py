@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -152,6 +153,35 @@ def test_running_again_does_nothing(copied: Path) -> None:
     assert code == 0
     assert output.count("done before") == len(STAGES)
     assert {path: path.stat().st_mtime_ns for path in root.rglob("manifest.json")} == before
+
+
+@pytest.mark.parametrize("stage", ["policy", "dataset", "sft"])
+def test_a_stage_beside_generation_loads_no_mpi(finished: Path, tmp_path: Path, stage: str) -> None:
+    """Made again by itself, in one process, as a launcher would start it."""
+    root = tmp_path / "tiny"
+    shutil.copytree(finished / "runs" / "tiny", root)
+    shutil.rmtree(root / stage)
+    work = (
+        f"from teams_hpc.pipeline.task import run_task; run_task({stage!r}, Path({str(root)!r}), 0)"
+    )
+    check = f"import sys; from pathlib import Path; {work}; print('mpi4py' in sys.modules)"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        (sys.executable, "-c", check),
+        env={**os.environ, **place, **meeting},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.stdout.splitlines()[-1] == "False"
+    made = "result.json" if stage == "policy" else "manifest.json"  # one member of two
+    assert list((root / stage).rglob(made))
 
 
 def test_a_changed_config_is_refused_and_made_again_on_request(copied: Path) -> None:

@@ -126,6 +126,17 @@ def test_generation_sees_what_training_saw_however_it_is_divided(
     assert len({row[1] for row in some}) > 1
 
 
+@pytest.mark.parametrize(("batching", "expected"), [("fixed", "exact"), ("refill", "statistical")])
+def test_rows_are_as_exact_as_the_eyes_that_chose_their_operations(
+    selected: RunDir, tmp_path: Path, tiny_llama_chat: Path, batching: str, expected: str
+) -> None:
+    generated(selected, tmp_path, tiny_llama_chat, f"instructor.batching={batching}")
+    manifest = read_manifest(RunDir(tmp_path / "run"), "generate")
+    assert manifest is not None
+    assert manifest["exactness"] == manifest["engines"]["instructor"]["exactness"] == expected
+    assert manifest["engines"]["expert"]["exactness"] == "exact"
+
+
 def test_another_instructor_is_refused(
     selected: RunDir, tmp_path: Path, tiny_llama_chat: Path
 ) -> None:

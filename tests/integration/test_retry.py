@@ -170,6 +170,24 @@ def test_rows_of_other_chains_stay_and_what_fails_again_can_be_retried(
     assert not begin(run_dir)
 
 
+def test_a_unit_with_rows_from_before_is_as_exact_as_they_are(
+    tmp_path: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = RunDir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(TemplateEngine, "exactness", property(lambda _: "statistical"))
+        fault.make(run_dir.root, share=48)
+    assert all(failed_rows(run_dir, unit) for unit in range(12))
+    make_run(run_dir.root, generate=AGAIN)
+    assert begin(run_dir)
+    again = fault.make(run_dir.root, generate=AGAIN)
+    assert again["counts"]["failed"] == 0
+    assert again["exactness"] == "statistical"
+    for path in run_dir.shards.iterdir():
+        with Table.open(path) as table:
+            assert {one["exactness"] for one in table.attrs["engines"].values()} == {"statistical"}
+
+
 def test_nothing_happens_where_nothing_failed_or_nobody_asked(tmp_path: Path, fault: Fault) -> None:
     quiet = make_run(tmp_path / "quiet", generate=AGAIN)
     manifest = fault.make(quiet.root, generate=AGAIN)

@@ -2,13 +2,14 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import make_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,6 +56,76 @@ def test_a_completion_does_not_depend_on_its_batch(
     assert len({completion.text for completion in alone}) > 20
     other_seeds = [request_with_seed(one, one.seed + 1000) for one in REQUESTS]
     assert [c.text for c in complete_all(engine, other_seeds)] != [c.text for c in alone]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As a launcher may have it, whatever this machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("batching", "threads", "expected"),
+    [("fixed", None, 1), ("fixed", 3, 3), ("refill", None, 2), ("refill", 1, 1)],
+)
+@pytest.mark.usefixtures("two_threads")
+def test_an_engine_has_threads_of_its_own(
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batching: str,
+    threads: int | None,
+    expected: int,
+) -> None:
+    """Whatever it does, and without leaving them behind."""
+    engine = TransformersEngine(settings(tiny_llama, batching=batching, threads=threads))
+    seen = []
+    for of_class in (type(engine._model), type(engine._model.base_model)):
+        forward = of_class.forward
+
+        def noting(*arguments: Any, _forward: Any = forward, **options: Any) -> Any:
+            seen.append(torch.get_num_threads())
+            return _forward(*arguments, **options)
+
+        monkeypatch.setattr(of_class, "forward", noting)
+    options = ("Equal", "Not Equal")
+    one = REQUESTS[0]
+    for act in (
+        lambda: complete_all(engine, REQUESTS[:2]),
+        lambda: engine.score([ScoreRequest(messages=one.messages, task=TASK, options=options)]),
+        lambda: engine.embed(TEXTS[:2]),
+    ):
+        seen.clear()
+        act()
+        assert set(seen) == {expected}
+        assert torch.get_num_threads() == 2
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for threads to divide its sums."""
+    return make_llama(tmp_path_factory.mktemp("wide"), width=1024, num_layers=1)
+
+
+def test_what_is_exact_does_not_depend_on_the_threads_of_a_launcher(wide_llama: Path) -> None:
+    """On a machine whose sums aren't divided, there is nothing to see."""
+    asked = [
+        ScoreRequest(messages=one.messages, task=TASK, options=("Equal", "Not Equal"))
+        for one in REQUESTS[:15]
+    ]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            engine = TransformersEngine(settings(wide_llama, threads=None))
+            assert engine.exactness == "exact"
+            found.append((engine.score(asked), engine.embed(TEXTS[:3]).tobytes()))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
 
 
 def test_freed_rows_are_refilled_and_steps_return_early(tiny_llama: Path) -> None:

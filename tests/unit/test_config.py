@@ -227,6 +227,23 @@ def test_a_key_changes_the_digests_of_its_stages_only(
         assert keys == [override.partition("=")[0]]
 
 
+def threads_inputs(tmp_path: Path, batching: str, threads: str) -> dict[str, object]:
+    words = ("kind=transformers", "model=m", f"batching={batching}", f"threads={threads}")
+    return stage_inputs(config_with(tmp_path, *(f"expert.{word}" for word in words)), "generate")
+
+
+def test_threads_count_where_they_decide(tmp_path: Path) -> None:
+    """With null, each has the inputs that it had before the number was looked at."""
+    fixed = [threads_inputs(tmp_path, "fixed", number) for number in ("null", "1", "2")]
+    assert [inputs["expert.threads"] for inputs in fixed] == [None, 1, 2]
+    assert changed_keys(fixed[1], fixed[2]) == ["expert.threads"]
+    refill = [threads_inputs(tmp_path, "refill", number) for number in ("null", "1", "2")]
+    assert refill[0] == refill[1] == refill[2]
+    assert refill[0]["expert.threads"] is None
+    begun_before = {**refill[0], "expert.threads": 4}
+    assert changed_keys(begun_before, refill[1]) == []
+
+
 def test_files_count_by_content_not_by_path(tmp_path: Path) -> None:
     first = write(tmp_path / "a.txt", "one\n")
     second = write(tmp_path / "b.txt", "one\n")

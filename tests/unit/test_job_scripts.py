@@ -14,7 +14,6 @@ from teams_hpc.cluster.slurm import clean_environment
 from teams_hpc.cluster.submit import SHELL, job_environment, sbatch_options
 from teams_hpc.config import load_config
 from teams_hpc.errors import ConfigError
-from teams_hpc.pipeline.local import _visible_devices
 from teams_hpc.storage.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -295,18 +294,10 @@ def test_a_job_inherits_nothing_of_where_it_was_submitted() -> None:
     assert clean_environment({**inside, **kept}) == kept
 
 
-def test_a_model_that_vllm_splits_gets_its_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_vllm_splits_gets_its_gpus(tmp_path: Path) -> None:
     words = ["expert.kind=vllm", "expert.model=/m", "expert.tensor_parallel_size=2",
              "site.gpus_per_node=4", "site.ranks_per_worker=4"]  # fmt: skip
     config = load_config(write_config(tmp_path), words)
     spec = job_spec(config, "generate", (0, 1))
     assert (spec.nodes, spec.tasks_per_node, spec.gpus_per_node) == (2, 2, 4)
     assert job_spec(config, "policy", (0,)).gpus_per_node == 1
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [_visible_devices(index, 4, 2) for index in range(3)] == ["0,1", "2,3", "0,1"]
-    assert [_visible_devices(index, 2, 1) for index in range(3)] == ["0", "1", "0"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,8")
-    assert [_visible_devices(index, 2, 1) for index in range(3)] == ["5", "7", "5"]
-    assert _visible_devices(0, 4, 2) == "5,7"

@@ -74,3 +74,17 @@ def test_a_login_node_needs_no_heavy_package(statement: str) -> None:
         (sys.executable, "-c", check), capture_output=True, text=True, timeout=60, check=True
     )
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("stage", ["policy", "dataset", "sft"])
+def test_only_generation_may_load_mpi(stage: str) -> None:
+    """A process that loads it under a launcher joins its world, and dies with it."""
+    check = (
+        "import sys; from teams_hpc.config import Config; "
+        "from teams_hpc.pipeline.graph import find_stage; "
+        f"find_stage(Config(name='t'), {stage!r}).load(); print('mpi4py' in sys.modules)"
+    )
+    found = subprocess.run(
+        (sys.executable, "-c", check), capture_output=True, text=True, timeout=120, check=True
+    )
+    assert found.stdout.splitlines()[-1] == "False"
