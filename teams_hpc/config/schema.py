@@ -112,7 +112,8 @@ class HttpEngineConfig(EngineBase):
     timeout_s: Positive = Field(120.0, description="limit of one attempt")
     max_retries: CountOrZero = Field(
         6,
-        description="repeats after 429, 5xx or no connection; lost calls too, unless on a budget",
+        description="repeats of what is refused (429, 503) or found no connection; without a "
+        "budget of lost calls too",
     )
 
 

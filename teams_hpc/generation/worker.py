@@ -130,7 +130,7 @@ class _Worker:
         """Take units, starting at `first`, until all are published."""
         for folder in (self.run_dir.journal, self.run_dir.shards):
             folder.mkdir(parents=True, exist_ok=True)
-        fsync_folder(self.run_dir.generate)
+        fsync_folder(self.run_dir.generate)  # else a lost node could take `journal` along
         self._queue = UnitQueue(
             step=self.step,
             num_units=self.plan.num_units,

@@ -43,6 +43,8 @@ _NEVER_SENT = (
     UnicodeError,  # no name of a host
 )
 """There was no connection to send the request on; with any other fault it may have arrived."""
+_REFUSED_FOR_NOW = frozenset({408, 429, 503, 529})
+"""The server has not begun; before any other status from 500 on, a model may have worked."""
 _NOT_REPEATED = (
     "the call may have been made and paid for, and is not made again because "
     "budget.max_expert_calls is set; generate.retry_failed=true makes it again"
@@ -247,9 +249,9 @@ class HttpEngine:
             raise _Retry(self._no_reply(error)) from None
         except TimeoutError:
             why = f"no reply from {self._server} in {config.timeout_s:g} s"
-            raise _Retry(why, is_lost=status < 400) from None
+            raise _Retry(why, is_lost=_may_be_made(status)) from None
         except aiohttp.ClientError as error:
-            raise _Retry(self._no_reply(error), is_lost=status < 400) from None
+            raise _Retry(self._no_reply(error), is_lost=_may_be_made(status)) from None
         return self._read(request, status, reply.headers, content)
 
     def _no_reply(self, error: Exception) -> str:
@@ -260,8 +262,9 @@ class HttpEngine:
         self, request: Request, status: int, headers: Mapping[str, str], content: bytes
     ) -> Completion:
         """What came back; raises as `_attempt`."""
-        if status in (408, 429) or status >= 500:
-            raise _Retry(f"{self._server} answered {status}", _seconds(headers.get("Retry-After")))
+        if status in _REFUSED_FOR_NOW or status >= 500:
+            after_s, is_lost = _seconds(headers.get("Retry-After")), _may_be_made(status)
+            raise _Retry(f"{self._server} answered {status}", after_s, is_lost=is_lost)
         if status in (401, 403, 404) or 300 <= status < 400:
             raise EngineError(self._refusal(status))
         if status >= 400:
@@ -284,6 +287,11 @@ class HttpEngine:
 
     def _hidden(self, text: str) -> str:
         return text if self._key is None else text.replace(self._key, "[key]")
+
+
+def _may_be_made(status: int) -> bool:
+    """Whether a call that came to nothing with this status may have cost something."""
+    return status < 400 or (status >= 500 and status not in _REFUSED_FOR_NOW)
 
 
 def _chat_url(base_url: str) -> URL:

@@ -49,9 +49,8 @@ class TransformersEngine:
     def __init__(self, config: TransformersEngineConfig) -> None:
         self._config = config
         self._device = find_device(config.device)
-        self._threads = config.threads
-        if config.threads is None and config.batching == "fixed" and self._device.type == "cpu":
-            self._threads = 1
+        is_exact = config.batching == "fixed" and self._device.type == "cpu"
+        self._threads = config.threads or (1 if is_exact else torch.get_num_threads())
         tokenizer, self._model = load_model(config, self._device)
         self._content_id = model_content_id(config.model)
         stops = stop_ids(tokenizer, self._model.generation_config, config.model)
@@ -151,14 +150,12 @@ class TransformersEngine:
     def _at_work(self) -> Iterator[None]:
         """With this engine's threads: torch has one number for all, and one for each OS thread."""
         before = torch.get_num_threads()
-        if self._threads is not None and self._threads != before:
-            torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._threads)
         try:
             with enough_memory(self._config), torch.inference_mode():
                 yield
         finally:
-            if torch.get_num_threads() != before:
-                torch.set_num_threads(before)
+            torch.set_num_threads(before)
 
     def close(self) -> None:
         """Free the model."""

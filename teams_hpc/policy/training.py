@@ -86,10 +86,10 @@ def _train(
     plan = config.policy.member(index)
     observer = make_observer(plan.settings, engines[0])
     world = build_world(config, engines, ledger, observer)
-    engine_threads = th.get_num_threads() if any(engine.is_model for engine in engines) else 1
-    # More threads than one would slow so small a network down, and change its last bits.
+    # More threads than one would slow so small a network down, and change its last bits. Engines
+    # have their own number.
     th.set_num_threads(1)
-    environment = RewritingVecEnv(world, seeds, engine_threads)
+    environment = RewritingVecEnv(world, seeds)
     run_seed = config.seed if plan.seed is None else plan.seed
     learner = Learner(environment, plan.settings, (run_seed, "policy", plan.number))
     member = _Member(run_dir.member(index), config, index, world, learner)

@@ -1,11 +1,9 @@
 """The world as a stable-baselines3 `VecEnv`: one step is one batch of calls over all episodes."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch as th
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
@@ -28,10 +26,9 @@ class RewritingVecEnv(VecEnv):  # type: ignore[misc]  # stable-baselines3 is not
     Args:
         world: Instructor, reviewer and settings.
         seeds: Seeds of the split that the policy is trained on.
-        engine_threads: torch's threads while engines work; the policy network has one.
     """
 
-    def __init__(self, world: World, seeds: Sequence[Seed], engine_threads: int = 1) -> None:
+    def __init__(self, world: World, seeds: Sequence[Seed]) -> None:
         size = world.observer.size
         super().__init__(
             num_envs=world.settings.num_envs,
@@ -42,7 +39,6 @@ class RewritingVecEnv(VecEnv):  # type: ignore[misc]  # stable-baselines3 is not
         self._world = world
         self._settings = world.settings
         self._seeds_to_draw = tuple(seeds)
-        self._engine_threads = engine_threads
         self._key: Key = ()
         self._num_begun = 0
         self._episodes: list[Episode] = []
@@ -66,8 +62,7 @@ class RewritingVecEnv(VecEnv):  # type: ignore[misc]  # stable-baselines3 is not
         return Episode.begin(key, self._seeds_to_draw[drawn])
 
     def _observations(self) -> NDArray[np.float32]:
-        with self._engines_at_work():
-            return np.stack([self._world.observation(episode) for episode in self._episodes])
+        return np.stack([self._world.observation(episode) for episode in self._episodes])
 
     def step_async(self, actions: NDArray[np.int64]) -> None:
         self._actions = actions
@@ -81,8 +76,7 @@ class RewritingVecEnv(VecEnv):  # type: ignore[misc]  # stable-baselines3 is not
             EngineError: An engine failed.
         """
         operations = self._actions.tolist()
-        with self._engines_at_work():
-            outcomes = self._world.step(self._episodes, operations)
+        outcomes = self._world.step(self._episodes, operations)
         self.tally.add(operations, outcomes)
         observations = self._observations()
         infos: list[dict[str, Any]] = [{} for _ in self._episodes]
@@ -96,19 +90,6 @@ class RewritingVecEnv(VecEnv):  # type: ignore[misc]  # stable-baselines3 is not
             observations = self.reset()
         rewards = np.array([outcome.reward for outcome in outcomes], dtype=np.float32)
         return observations, rewards, np.full(self.num_envs, is_over), infos
-
-    @contextmanager
-    def _engines_at_work(self) -> Iterator[None]:
-        """With the engines' threads."""
-        policy_threads = th.get_num_threads()
-        if self._engine_threads == policy_threads:
-            yield
-            return
-        th.set_num_threads(self._engine_threads)
-        try:
-            yield
-        finally:
-            th.set_num_threads(policy_threads)
 
     def close(self) -> None:
         """Nothing to free: engines belong to whoever loaded them."""

@@ -17,7 +17,7 @@ from teams_hpc.llm.base import RoleName
 from teams_hpc.runtime.preemption import StopFlag
 from teams_hpc.storage.run_dir import RunDir, read_manifest
 
-FAULTS = ("ok", "wrong", "ok", "drop", "429", "ok", "torn", "500", "ok", "slow")
+FAULTS = ("ok", "wrong", "ok", "drop", "429", "ok", "torn", "503", "ok", "slow")
 TIMEOUT_S = 1.5
 
 

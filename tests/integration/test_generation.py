@@ -462,7 +462,7 @@ def test_a_learned_policy_and_one_answer_a_chain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batching", ["fixed", "refill"])
-def test_a_real_model_in_fixed_batches_gives_the_same_rows_after_kills(
+def test_after_kills_fixed_batches_alone_are_formed_again(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batching: str
 ) -> None:
     """In this process, so that the model is loaded in milliseconds; a kill is an exception here.

@@ -346,8 +346,8 @@ def test_killed_in_every_stage_it_completes_with_the_same_rows(
             time.sleep(0.02)
         time.sleep(moments.uniform(0.0, 4.0))
         process.kill()
-        deadline = time.monotonic() + 2  # what is promised; measured: at most 0.4 s
         process.communicate(timeout=30)
+        deadline = time.monotonic() + 2  # what is promised; measured: at most 0.4 s
         while processes_of(root) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert processes_of(root) == []
