@@ -9,8 +9,9 @@ The engine is a stub: it takes a fixed time for up to so many requests together,
   datatrove_peer.py; `--peer-python` names a Python that has it). Both have equally many requests in
   flight, of the same latency, on the same file system, and take turns. A unit of ours has twice as
   many chains as there are slots, and the peer more documents than are in flight. A row of ours is
-  two calls and a verdict, three durable results; a document of the peer is one call ("1 call"), or
-  two or three, one after the other. The peer in use always calls a server, so it is told over HTTP
+  two calls and a verdict, three durable results; with `answer: last` ("1 call") one call and a
+  verdict, and every fourth one call more. A document of the peer is one call, or three, one after
+  the other. The peer in use always calls a server, so it is told over HTTP
   (a stub of the same latency, a process of its own: stub_server.py), and, its best case, with the
   call replaced by a pause. Ours in use has its engine in the process; "over HTTP" it calls the same
   stub, verdicts aside. Told for the disk as it is, and with each fsync of either side 3 ms later,
@@ -65,7 +66,7 @@ from teams_hpc.storage.atomic import read_json, write_json  # noqa: E402
 from teams_hpc.storage.run_dir import RunDir, read_manifest  # noqa: E402
 
 Result = dict[str, Any]
-OURS, SIDE, HTTP = "teams_hpc", "datatrove", " over HTTP"
+OURS, SIDE, HTTP, ONE_CALL = "teams_hpc", "datatrove", " over HTTP", ", 1 call"
 DURABLE = {
     OURS: (
         "each batch of results by one fdatasync before anything follows from it, with the intents "
@@ -99,7 +100,8 @@ class Load:
     """A run to time.
 
     Attributes:
-        units, unit_size, num_steps: Its size; a chain has two calls a step.
+        units, unit_size, num_steps: Its size.
+        answer: `every`: a chain has two calls a step; `last`: one, and one more at its end.
         slots: Requests that the engine works on together.
         step_s: How long it takes for them.
         fsync_s: How long an fsync takes; None: the disk's.
@@ -113,6 +115,7 @@ class Load:
     step_s: float
     fsync_s: float | None = None
     url: str | None = None
+    answer: str = "every"
 
     @property
     def num_rows(self) -> int:
@@ -120,7 +123,7 @@ class Load:
 
     @property
     def ideal_s(self) -> float:
-        """What the slots allow: all of them busy all the time."""
+        """What the slots allow: all of them busy all the time, with two calls a row."""
         return 2 * self.num_rows / self.slots * self.step_s
 
 
@@ -184,6 +187,7 @@ def make_run(root: Path, load: Load) -> tuple[RunDir, Config]:
                 "policy": "uniform",
                 "num_trajectories": num_chains // NUM_SEEDS,
                 "num_steps": load.num_steps,
+                "answer": load.answer,
                 "unit_size": load.unit_size,
             },
         }
@@ -408,11 +412,13 @@ class Race:
         """Each way once, and how many rows or documents a second it made."""
         with stub_server(self.load.step_s) as url:
             for way, load in (("", self.load), (HTTP, replace(self.load, url=url))):
-                ours = timed_run(load, self.folder, self.processes, self.more)
-                yield f"{OURS}{way}", load.num_rows / ours["seconds"]
+                for name, answer in (("", "every"), (ONE_CALL, "last")):
+                    one = replace(load, answer=answer)
+                    ours = timed_run(one, self.folder, self.processes, self.more)
+                    yield f"{OURS}{way}{name}", load.num_rows / ours["seconds"]
                 for calls in _PEER_CALLS if self.python else ():
-                    name = f"{SIDE}{way}, {calls} call{'s' if calls > 1 else ''}"
-                    yield name, self._peer(load, calls)
+                    name = ONE_CALL if calls == 1 else f", {calls} calls"
+                    yield f"{SIDE}{way}{name}", self._peer(load, calls)
 
     def _peer(self, load: Load, calls: int) -> float:
         """All its tasks together; what one does before another has begun isn't held against it."""
@@ -470,14 +476,17 @@ def measure_rows(folder: Path, repeats: int, python: str, documents: int) -> Res
 def compared(disk: str, rates: Mapping[str, Sequence[float]]) -> Result:
     """Rows per second of each, and how many times ours are the others'; printed and returned.
 
-    Each way's peers beside ours the same way; those over HTTP also beside ours as both are used.
+    Each way's peers beside ours the same way; those over HTTP also beside ours as both are used,
+    and those of one call also beside our rows of one.
     """
     times: dict[str, dict[str, Result]] = {}
     print(f"  {disk}")
     for name, values in rates.items():
+        ways = ("", HTTP) if HTTP in name else ("",)
+        rows = ("", ONE_CALL) if name.endswith(ONE_CALL) else ("",)
         beside = {
             ours: summary([a / b for a, b in zip(rates[ours], values, strict=True)], 2)
-            for ours in ((OURS, f"{OURS}{HTTP}") if HTTP in name else (OURS,))
+            for ours in (f"{OURS}{way}{row}" for way, row in product(ways, rows))
             if not name.startswith(OURS)
         }
         times[name] = beside
