@@ -241,42 +241,59 @@ def evolving(folder: Path, num_tokens: int) -> Any:
     return task
 
 
-def evolve_once(task: Any, instructions: Sequence[str]) -> int:
-    """One round of rewrites by distilabel; returns the number of calls.
+def evolve_once(task: Any, instructions: Sequence[str], drawn: list[str]) -> list[str]:
+    """One round of rewrites by distilabel; returns the prompts that it asked.
+
+    Args:
+        task: From `evolving`.
+        instructions: What is rewritten.
+        drawn: Where the task notes its prompts.
 
     Raises:
         RuntimeError: A row is missing.
     """
     np.random.seed(0)
+    drawn.clear()
     (rows,) = task.process([{"instruction": one} for one in instructions])
     if not all(row["evolved_instruction"] for row in rows):
         raise RuntimeError("distilabel left a rewrite out")
-    return len(rows)
+    return drawn.copy()
 
 
 def measure_evolving(
     folder: Path, arguments: argparse.Namespace, num_tokens: int
 ) -> list[dict[str, Any]]:
-    """Calls per second on prompts of the peer's templates; nothing where the peer is missing.
+    """Calls per second on the prompts that the peer makes; nothing where the peer is missing.
 
-    The peer draws templates itself, of every fourth seed: prompts of the same kind as ours, not the
-    same ones.
+    Raises:
+        RuntimeError: The peer asked others.
     """
     task = evolving(folder, num_tokens)
     if task is None:
         return []
     engine, plain = load(folder, arguments, num_tokens)
     instructions = [seed.instruction for seed in read_seeds(None, None).seeds][: arguments.prompts]
-    np.random.seed(0)  # the operations that `evolve_once` draws
-    chats = [
-        [Message(role="user", content=task._apply_random_mutation(one))] for one in instructions
-    ]
-    some = instructions[::ONE_IN]
+    drawn: list[str] = []
+    draw = task._apply_random_mutation
+
+    def noting(instruction: str) -> str:
+        drawn.append(draw(instruction))
+        return drawn[-1]
+
+    object.__setattr__(task, "_apply_random_mutation", noting)
+    prompts = evolve_once(task, instructions, drawn)
+    chats = [[Message(role="user", content=prompt)] for prompt in prompts]
+
+    def evolve() -> int:
+        if evolve_once(task, instructions, drawn) != prompts:
+            raise RuntimeError("distilabel asked other prompts than before")
+        return len(prompts)
+
     return take_turns(
         {
             "engine": lambda: engine_tokens(engine, chats) // num_tokens,
             "plain batches": lambda: plain.batches(chats, arguments.batch_size) // num_tokens,
-            "distilabel": lambda: evolve_once(task, some),
+            "distilabel": evolve,
         },
         arguments.repeats,
     )
