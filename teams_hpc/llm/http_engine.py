@@ -9,25 +9,20 @@ import asyncio
 import email.utils
 import json
 import math
-import os
 import queue
 import re
-import ssl
 import threading
-import urllib.request
-from base64 import b64encode
 from collections import deque
 from collections.abc import Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
-import certifi
-from yarl import URL
 
 from teams_hpc.config.schema import HttpEngineConfig
 from teams_hpc.errors import EngineError
 from teams_hpc.llm.base import Completion, Exactness, FinishReason, Request, Score, ScoreRequest
+from teams_hpc.llm.http_address import authorities, chat_url, proxy_for, read_key
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 60.0
@@ -83,10 +78,10 @@ class HttpEngine:
     def __init__(self, config: HttpEngineConfig, *, is_limited: bool = False) -> None:
         self._config = config
         self._is_limited = is_limited
-        self._url = _chat_url(config.base_url)
+        self._url = chat_url(config.base_url)
         self._server = self._url.raw_authority
-        self._key = _read_key(config.api_key_env)
-        self._options = _proxy_for(self._url)
+        self._key = read_key(config.api_key_env)
+        self._options = proxy_for(self._url)
         if self._key is not None:
             # For each call: what a session sends with all, aiohttp tells the proxy too.
             headers = self._options.get("headers", {})
@@ -167,7 +162,7 @@ class HttpEngine:
         config = self._config
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                limit=config.max_concurrency, keepalive_timeout=_KEPT_OPEN_S, ssl=_authorities()
+                limit=config.max_concurrency, keepalive_timeout=_KEPT_OPEN_S, ssl=authorities()
             ),
             # In total, since a server that drips would never be over. Connecting has less, so that
             # a server that can't be reached isn't taken for one that doesn't answer.
@@ -292,64 +287,6 @@ class HttpEngine:
 def _may_be_made(status: int) -> bool:
     """Whether a call that came to nothing with this status may have cost something."""
     return status < 400 or (status >= 500 and status not in _REFUSED_FOR_NOW)
-
-
-def _chat_url(base_url: str) -> URL:
-    try:
-        url = URL(f"{base_url.rstrip('/')}/chat/completions")
-    except ValueError as error:
-        raise EngineError(f"base_url {base_url} is no address: {error}") from None
-    if not url.host:
-        raise EngineError(f"base_url {base_url} is no address; for instance http://node7:8000/v1")
-    return url
-
-
-def _proxy_for(url: URL) -> dict[str, Any]:
-    """How to send through the environment's proxy (http_proxy, no_proxy and the like).
-
-    Its password goes into a header: errors quote addresses.
-    """
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if not proxy or urllib.request.proxy_bypass(url.raw_authority):
-        return {}
-    try:
-        place = URL(proxy if "://" in proxy else f"http://{proxy}")
-    except ValueError:
-        place = URL()
-    if place.scheme not in ("http", "https") or not place.host:
-        raise EngineError(
-            f"the environment's proxy for {url.scheme} ({url.scheme}_proxy or all_proxy) is no "
-            "address of an HTTP proxy; for instance http://proxy:3128"
-        )
-    if place.user is None:
-        return {"proxy": place}
-    login = b64encode(f"{place.user}:{place.password or ''}".encode()).decode()
-    # Over TLS the proxy sees its own request alone, else the one and only.
-    headers = "proxy_headers" if url.scheme == "https" else "headers"
-    return {"proxy": place.with_user(None), headers: {"Proxy-Authorization": f"Basic {login}"}}
-
-
-def _authorities() -> ssl.SSLContext:
-    """The machine's, as a site may have some of its own, and the usual ones: images have none."""
-    context = ssl.create_default_context()
-    context.load_verify_locations(certifi.where())
-    return context
-
-
-def _read_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise EngineError(f"the environment variable {variable} is not set; export the key")
-    if not (key.isascii() and key.isprintable()):
-        # Checked here, since a client quotes a header that it refuses.
-        raise EngineError(
-            f"the environment variable {variable} holds characters that no key has (a line break, "
-            "or letters beyond ASCII); export the key alone"
-        )
-    return key
 
 
 def _pause_s(seed: int, attempt: int, asked_s: float | None) -> float:
