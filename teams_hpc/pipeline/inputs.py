@@ -83,7 +83,7 @@ def _refuse_changed(stage: Stage, old: Mapping[str, Any], new: Mapping[str, Any]
             [
                 f"the stage {stage.name} of this run was made from other inputs:",
                 *lines,
-                f"make it and what follows again with --rerun-from {stage.name}, "
+                f"run it and what follows again with --rerun-from {stage.name}, "
                 "take the old values back, or choose another name",
             ]
         )

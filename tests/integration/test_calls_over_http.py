@@ -65,6 +65,14 @@ def run(run_dir: RunDir) -> None:
     generate(run_dir, load_resolved(run_dir.config), 0, StopFlag())
 
 
+def usage_without_failures(run_dir: RunDir) -> dict[Any, int]:
+    """What the manifest says was spent, where every row came to be in spite of all."""
+    manifest = read_manifest(run_dir, "generate")
+    assert manifest is not None
+    assert manifest["counts"]["failed"] == 0
+    return usage_of(manifest)
+
+
 def test_each_request_is_in_the_ledger_once(tmp_path: Path) -> None:
     with chat_server(ChatServer(behave=behave, say=say)) as server:
         run_dir = make_run(
@@ -74,10 +82,7 @@ def test_each_request_is_in_the_ledger_once(tmp_path: Path) -> None:
             expert=over_http(server),
         )
         run(run_dir)
-    manifest = read_manifest(run_dir, "generate")
-    assert manifest is not None
-    assert manifest["counts"]["failed"] == 0
-    usage = usage_of(manifest)
+    usage = usage_without_failures(run_dir)
     assert usage["expert", "in_doubt"] > 10
     assert usage["expert", "calls"] + usage["expert", "in_doubt"] == num_made(server)
     assert usage["reviewer", "in_doubt"] == 0
@@ -92,10 +97,7 @@ def test_the_reviewers_requests_are_too_and_a_budget_does_not_limit_them(tmp_pat
             reviewer=over_http(server),
         )
         run(run_dir)
-    manifest = read_manifest(run_dir, "generate")
-    assert manifest is not None
-    assert manifest["counts"]["failed"] == 0
-    assert usage_of(manifest)["reviewer", "in_doubt"] > 3
+    assert usage_without_failures(run_dir)["reviewer", "in_doubt"] > 3
     assert num_counted(run_dir, "reviewer") == num_made(server)
 
 

@@ -67,7 +67,7 @@ class FakeSlurm:
         self.command("sbatch", f'echo "$*" >> "$here/calls"; echo "{words}" >&2; exit 1')
 
     @property
-    def test_runs(self) -> list[str]:
+    def dry_runs(self) -> list[str]:
         calls = self.folder / "calls"
         return calls.read_text().splitlines() if calls.exists() else []
 
@@ -151,7 +151,7 @@ def test_partitions_are_read(slurm: FakeSlurm) -> None:
 def test_nothing_is_wrong_and_equal_jobs_are_tested_once(slurm: FakeSlurm, make: Make) -> None:
     config = make("site.slurm.account=physics", "site.slurm.qos=long")
     assert slurm_faults(config, specs_of(config)) == []
-    [call] = slurm.test_runs
+    [call] = slurm.dry_runs
     assert "--test-only" in call
     assert "--account=physics" in call
 
@@ -188,7 +188,7 @@ def test_what_is_beyond_the_cluster_is_refused_once(
     [fault] = slurm_faults(config, specs_of(config, stage))
     assert fault.startswith(f"{key}: ")
     assert words in fault
-    assert slurm.test_runs == []
+    assert slurm.dry_runs == []
 
 
 def test_one_of_several_partitions_is_enough(slurm: FakeSlurm, make: Make) -> None:
@@ -201,7 +201,7 @@ def test_the_refusal_of_sbatch_has_its_words(slurm: FakeSlurm, make: Make) -> No
     config = make("site.slurm.options={constraint: x}")
     [fault] = slurm_faults(config, specs_of(config))
     assert "refuses: Invalid feature specification (jobs of dataset, report)" in fault
-    assert "--constraint=x" in slurm.test_runs[0]
+    assert "--constraint=x" in slurm.dry_runs[0]
 
 
 def test_nodes_that_are_down_are_waited_for(slurm: FakeSlurm, make: Make) -> None:
