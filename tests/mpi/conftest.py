@@ -1,6 +1,8 @@
 """MPI tests need mpi4py and a launcher, both of which pip can install."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             pytest.fail(reason, pytrace=False)
         if missing:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def own_session_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder for the launchers of one test: Open MPI's `ompi.<process id>` go there.
+
+    A launcher that is killed leaves its own behind, and a later one that happens to get the same
+    number refuses to start ("The PMIx server's listener thread failed to start").
+    """
+    with tempfile.TemporaryDirectory(prefix="mpi-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield
