@@ -12,7 +12,6 @@ and what is asked anew may be batched otherwise.
 """
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -215,15 +214,12 @@ class Calls:
             EngineError: The reviewer generates its verdicts, and its engine failed.
         """
         try:
-            return [
-                verdict._replace(p_not_equal=math.nan) if verdict.error else verdict
-                for verdict in self.reviewer.judge(pairs)
-            ]
+            return self.reviewer.judge(pairs)
         except EngineError as error:
             if self.reviewer.verdict == "generated":
                 raise
             if len(pairs) == 1:
-                return [Verdict(math.nan, False, str(error))]
+                return [Verdict(0.0, False, str(error))]
         return [one for pair in pairs for one in self._ask_reviewer([pair])]
 
     def _replay_verdicts(self, batch: Batch, pairs: Sequence[Pair]) -> list[Verdict]:

@@ -45,7 +45,6 @@ class Verdict(NamedTuple):
 
     Attributes:
         p_not_equal: In [0, 1]; 0 where there is no verdict, which never earns or keeps anything.
-            A journal's is NaN where there is an `error`, which is to be looked at first.
         is_parsed: False if a generated answer was neither option, or there was none.
         error: Why the engine gave no verdict at all; empty if it did.
     """

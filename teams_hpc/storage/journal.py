@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from teams_hpc.errors import CorruptFileError
 from teams_hpc.storage.atomic import fsync_folder, naming_disk_faults
 from teams_hpc.storage.lease import Holder
@@ -34,8 +36,7 @@ SCHEMA = 1
 _LENGTH_BYTES = 8
 _CHECKSUM_BYTES = 16
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
-# What is journalled has no cycles.
-_as_json = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+_to_json = msgspec.json.Encoder().encode
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Result(NamedTuple):
     Attributes:
         key: Identity of the call: record id, purpose, attempt.
         digest: Of everything that decides the result (model, prompt, sampling).
-        value: The result, as JSON takes it; a named tuple is a list there.
+        value: The result, as JSON takes it (without NaN); a named tuple is a list there.
     """
 
     key: str
@@ -137,7 +138,10 @@ def _checksum(length: bytes, payload: bytes) -> bytes:
 
 def frame(value: Any) -> bytes:
     """One frame: length of the payload, checksum over length and payload, payload."""
-    payload = _as_json(value).encode("utf-8", "surrogatepass")
+    try:
+        payload = _to_json(value)  # a tenth of the time of `json`
+    except UnicodeEncodeError:  # half a surrogate pair: no UTF-8, but an escape can say it
+        payload = json.dumps(value).encode()
     length = len(payload).to_bytes(_LENGTH_BYTES, "little")
     return length + _checksum(length, payload) + payload
 
@@ -155,7 +159,7 @@ def frames(content: bytes) -> Iterator[tuple[Any, int]]:
         if content[at + _LENGTH_BYTES : start] != _checksum(length, payload):
             return
         at = end
-        yield json.loads(payload.decode("utf-8", "surrogatepass")), end
+        yield json.loads(payload), end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,4 @@ _length = struct.Struct("<Q").pack
 
 def joined(pieces: Iterable[bytes]) -> bytes:
     """The pieces one after the other, each after its length (8 bytes, little-endian)."""
-    parts: list[bytes] = []
-    for piece in pieces:
-        parts += _length(len(piece)), piece
-    return b"".join(parts)
+    return b"".join([_length(len(piece)) + piece for piece in pieces])

@@ -11,8 +11,10 @@ and NFS sites need it, and a file here never changes once it has its name.
 import hashlib
 import itertools
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,12 +51,41 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 _CHUNK = 1 << 16
+_LEVEL = 4
 _FLUSH_ROWS = 1 << 16
 _FLUSH_BYTES = 1 << 23
 _VERIFY_ROWS = 1 << 12
 
 Rows = dict[str, list[Any]]
 _DAMAGE = (OSError, RuntimeError, KeyError, ValueError, IndexError, TypeError, AttributeError)
+
+
+@dataclass(slots=True)
+class _Array:
+    """An array that is appended to, compressed chunk by chunk.
+
+    HDF5 would compress as well, but with the interpreter locked: zlib lets other threads run.
+    """
+
+    dataset: h5py.Dataset
+    rest: NDArray[Any]
+    length: int = 0
+
+    def append(self, values: NDArray[Any], *, is_last: bool) -> None:
+        """Write what fills chunks, and keep the rest for later; all of it if these are the last."""
+        values = np.concatenate([self.rest, values])
+        size = self.dataset.chunks[0]
+        end = len(values) if is_last else len(values) // size * size
+        if self.length + end > self.dataset.shape[0]:
+            self.dataset.resize(self.length + end, axis=0)
+        for start in range(0, end, size):
+            chunk = values[start : start + size]
+            if len(chunk) < size:  # the last one: HDF5 looks for whole chunks
+                chunk = np.concatenate([chunk, np.zeros(size - len(chunk), chunk.dtype)])
+            content = zlib.compress(chunk.data, _LEVEL)
+            self.dataset.id.write_direct_chunk((self.length + start,), content)
+        self.length += end
+        self.rest = values[end:].copy()
 
 
 class TableWriter:
@@ -77,6 +108,7 @@ class TableWriter:
         self._num_rows = 0
         self._pending_rows = self._pending_bytes = 0
         self._writers = [ColumnWriter(column) for column in columns]
+        self._arrays: dict[str, _Array] = {}
         self._stack = ExitStack()
         with naming_disk_faults(path):
             commit = publishing if first_wins else replacing
@@ -114,21 +146,20 @@ class TableWriter:
             self._output.check()
 
     def _write(self, name: str, values: NDArray[Any], is_last: bool) -> None:
-        if name in self._file:
-            dataset = self._file[name]
-            start = dataset.shape[0]
-            dataset.resize(start + len(values), axis=0)
-            dataset[start:] = values
-            return
-        # One that is written in one go has just the chunk it needs: most units are small.
-        self._file.create_dataset(
-            name,
-            data=values,
-            maxshape=(None,) if not (is_last and len(values)) else None,
-            chunks=(max(1, min(_CHUNK, len(values))),) if is_last else (_CHUNK,),
-            compression="gzip",
-            compression_opts=4,
-        )
+        if name not in self._arrays:
+            # One that is written in one go has just the chunk it needs: most units are small.
+            size = min(_CHUNK, len(values)) if is_last else _CHUNK
+            dataset = self._file.create_dataset(
+                name,
+                shape=values.shape if is_last else (0,),
+                dtype=values.dtype,
+                maxshape=None if is_last and size else (None,),
+                chunks=(max(1, size),),
+                compression="gzip",
+                compression_opts=_LEVEL,
+            )
+            self._arrays[name] = _Array(dataset, values[:0])
+        self._arrays[name].append(values, is_last=is_last)
 
     def close(self, attrs: Mapping[str, Any]) -> str:
         """Write the attributes and give the file its name.

@@ -250,8 +250,14 @@ def test_names_are_of_one_unit_and_writer(tmp_path: Path) -> None:
 
 def test_frames_are_what_they_were() -> None:
     """Runs that have begun go on with later versions."""
-    result = Result("k", "d", Verdict(math.nan, False, "é"))
-    assert frame({"results": [result]}).hex() == (
-        "2800000000000000fbdf9dade852696829a9bbfae020f897"
-        + '{"results":[["k","d",[NaN,false,"é"]]]}'.encode().hex()
+    result = Result("k", "d", Verdict(0.5, False, "é"))
+    written = frame({"results": [result]})
+    assert written.hex() == (
+        "2800000000000000cd4683a6ec110e810a2acb4745f1331a"
+        + '{"results":[["k","d",[0.5,false,"é"]]]}'.encode().hex()
     )
+    # A verdict with an error had NaN once.
+    earlier = "2800000000000000fbdf9dade852696829a9bbfae020f897"
+    content = bytes.fromhex(earlier) + '{"results":[["k","d",[NaN,false,"é"]]]}'.encode()
+    [(value, _)] = frames(content)
+    assert math.isnan(value["results"][0][2][0])
