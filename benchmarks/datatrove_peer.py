@@ -7,16 +7,16 @@ datatrove lives in a virtual environment of its own:
 
     pip install 'datatrove[io]' aiofiles aiosqlite httpx orjson xxhash
 
-With `--url` the peer calls that server, as it does in use. Without, the server is replaced by a
-pause, and there is no HTTP: the peer's best case. The last line printed is JSON. Imports and the
-server's start are not timed; the first look whether it is there is.
+With `--url` the peer calls that server, as it does in use; with `--own-server` the stub that ships
+with it, which answers one call at a time, without latency. Without either the server is replaced by
+a pause, and there is no HTTP: the peer's best case. The last line printed is JSON. What is timed is
+the peer's own `inference_time`: all its documents and commits, not its imports or a server's start.
 """
 
 import argparse
 import asyncio
 import json
 import sys
-import time
 from pathlib import Path
 
 import httpx  # noqa: F401 - the peer imports it when it first calls a server
@@ -27,6 +27,7 @@ from datatrove.pipeline.writers import JsonlWriter
 from loguru import logger
 
 TEXT = "A reply of about a hundred words, as the stub of the other side gives it. " * 7
+_CHUNKED = "${rank}_chunk_${chunk_index}.jsonl"
 
 
 class PausingServer(DummyServer):
@@ -53,6 +54,8 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=1, help="calls of a document, one by one")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--url", help="of a server of the OpenAI protocol; --latency is its own")
+    parser.add_argument("--own-server", action="store_true", help="the stub that ships with it")
+    parser.add_argument("--no-checkpoints", action="store_true")
     arguments = parser.parse_args()
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
@@ -74,19 +77,22 @@ def main() -> None:
             max_concurrent_generations=arguments.in_flight,
         ),
         output_writer=JsonlWriter(
-            str(output), output_filename="${rank}_chunk_${chunk_index}.jsonl", compression=None
+            str(output),
+            output_filename=None if arguments.no_checkpoints else _CHUNKED,
+            compression=None,
         ),
-        checkpoints_local_dir=str(arguments.folder / "checkpoints"),
+        checkpoints_local_dir=(
+            None if arguments.no_checkpoints else str(arguments.folder / "checkpoints")
+        ),
     )
-    if not arguments.url:
+    if not (arguments.url or arguments.own_server):
         runner._init_server = lambda rank: PausingServer(runner.config, rank)
     documents = [
         Document(text=f"Tell me about the number {number}.", id=str(number))
         for number in range(arguments.documents)
     ]
-    start = time.monotonic()
     runner.run(iter(documents))
-    seconds = time.monotonic() - start
+    seconds = runner.stats.stats["inference_time"].total
     written = sum(path.read_text().count("\n") for path in output.rglob("*.jsonl"))
     if written != arguments.documents:
         raise RuntimeError(f"{written} of {arguments.documents} documents were written")
