@@ -10,7 +10,11 @@ datatrove lives in a virtual environment of its own:
 With `--url` the peer calls that server, as it does in use; with `--own-server` the stub that ships
 with it, which answers one call at a time, without latency. Without either the server is replaced by
 a pause, and there is no HTTP: the peer's best case. The last line printed is JSON. What is timed is
-the peer's own `inference_time`: all its documents and commits, not its imports or a server's start.
+the peer's own `inference_time`: all its documents and commits, not its imports. It waits there for
+the first look whether the server is there: a tenth of a second or two.
+
+The stub that ships with it keeps five connections waiting and drops others, which try again after
+a second or more: without checkpoints, where nothing else takes as long, that makes its rate uneven.
 """
 
 import argparse

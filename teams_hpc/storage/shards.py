@@ -62,9 +62,9 @@ _DAMAGE = (OSError, RuntimeError, KeyError, ValueError, IndexError, TypeError, A
 
 @dataclass(slots=True)
 class _Array:
-    """An array that is appended to, compressed chunk by chunk.
+    """An array that is appended to; each chunk is compressed once, however many pieces it comes in.
 
-    HDF5 would compress as well, but with the interpreter locked: zlib lets other threads run.
+    HDF5 would read a chunk that is partly filled and compress it again, at every piece.
     """
 
     dataset: h5py.Dataset

@@ -34,6 +34,11 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.parametrize("text", ["\ud800", "\ud83d\ude00", "é\udcff"])
+def test_halves_of_surrogate_pairs_are_read_as_they_were_written(text: str) -> None:
+    assert [value for value, _ in frames(frame([text, {text: 1}]))] == [[text, {text: 1}]]
+
+
 @given(values=st.lists(json_values, max_size=6), data=st.data())
 def test_whatever_is_cut_off_whole_frames_stay(values: list[object], data: st.DataObject) -> None:
     parts = [frame(value) for value in values]
