@@ -16,8 +16,8 @@ The engine is a stub: it takes a fixed time for up to so many requests together,
   call replaced by a pause. Ours in use has its engine in the process; "over HTTP" it calls the same
   stub, verdicts aside. The peer is also told with the stub server that ships with it, with
   checkpoints and without, which is the simplest way to try it; that stub has no latency and answers
-  one call at a time. Told for the disk as it is, and with
-  each fsync of either side 3 ms later, as on a shared file system.
+  one call at a time. Told for the disk as it is, and with each fsync of either side 3 ms later, as
+  on a shared file system.
 - overhead: time that isn't the engine's, with 64 slots, 128 runnable chains and steps of 50 ms,
   where each fsync takes 0 or 10 ms (replaced by a pause, so that the disk doesn't matter). For
   four units of 10 s, and for a single one of 5 s. Told while a unit runs, and for the whole stage:

@@ -81,6 +81,7 @@ def test_a_large_table_is_written_in_pieces(
     for name in ("one.h5", "many.h5"):
         with Table.open(tmp_path / name) as table:
             assert table.verify() == []
+            assert table.texts("text", 990, 1000) == rows["text"][990:]
             assert repr(table.read(0, 1000, NAMES)) == repr(rows)  # NaN is equal to itself there
         with h5py.File(tmp_path / name) as file:
             array = file["number"]
